@@ -1,0 +1,108 @@
+"""What a diffusion model is told, as one value: the paper's switch (section 3.3, figure 3)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Conditioning"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditioning:
+    """The conditions of a batch; whatever is absent is ``None``.
+
+    Attributes:
+        crossattn: ``(B, M, d)`` tokens tau_theta(y), attended to by every cross-attention layer.
+        crossattn_mask: ``(B, M)`` bool, true where a token is real; absent means all are.
+        concat: ``(B, C, h, w)`` concatenated to the noisy latent, never scaled by c_in.
+        vector: ``(B, d)`` float, added to the time embedding, or ``(B,)`` integer class labels,
+            embedded by the network.
+    """
+
+    crossattn: Tensor | None = None
+    crossattn_mask: Tensor | None = None
+    concat: Tensor | None = None
+    vector: Tensor | None = None
+
+    def cat(self, *others: "Conditioning") -> "Conditioning":
+        """Join batches along the batch dimension; token sequences are padded to one length."""
+        parts = (self, *others)
+        if self.crossattn is not None:
+            length = max(p.crossattn.shape[1] for p in parts if p.crossattn is not None)
+            parts = tuple(p.pad(length) for p in parts)
+            if any(p.crossattn_mask is not None for p in parts):
+                parts = tuple(p.with_mask() for p in parts)
+        return Conditioning(
+            **{f.name: _cat([getattr(p, f.name) for p in parts], f.name) for f in fields(self)}
+        )
+
+    def pad(self, length: int) -> "Conditioning":
+        """Pad the token sequence to ``length`` with masked zeros."""
+        if self.crossattn is None or self.crossattn.shape[1] == length:
+            return self
+        extra = length - self.crossattn.shape[1]
+        masked = self.with_mask()
+        assert masked.crossattn_mask is not None
+        return replace(
+            self,
+            crossattn=F.pad(self.crossattn, (0, 0, 0, extra)),
+            crossattn_mask=F.pad(masked.crossattn_mask, (0, extra), value=False),
+        )
+
+    def with_mask(self) -> "Conditioning":
+        """Return the same value with an explicit mask."""
+        if self.crossattn is None or self.crossattn_mask is not None:
+            return self
+        ones = torch.ones(self.crossattn.shape[:2], dtype=torch.bool, device=self.crossattn.device)
+        return replace(self, crossattn_mask=ones)
+
+    def select(self, index: Tensor | slice) -> "Conditioning":
+        """Take samples of the batch by index."""
+        return self._map(lambda tensor: tensor[index])
+
+    def repeat(self, count: int) -> "Conditioning":
+        """Repeat a batch of one ``count`` times."""
+        return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    def to(self, device: torch.device | str) -> "Conditioning":
+        """Move every tensor to a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def where(self, keep: Tensor, other: "Conditioning") -> "Conditioning":
+        """Take ``self`` where ``keep`` is true and ``other`` elsewhere (condition dropout).
+
+        Args:
+            keep: ``(B,)`` bool.
+            other: A value of the same batch size with the same conditions present.
+        """
+        if self.crossattn is not None and other.crossattn is not None:
+            length = max(self.crossattn.shape[1], other.crossattn.shape[1])
+            mine, theirs = self.pad(length), other.pad(length)
+            if mine.crossattn_mask is not None or theirs.crossattn_mask is not None:
+                mine, theirs = mine.with_mask(), theirs.with_mask()
+        else:
+            mine, theirs = self, other
+        chosen: dict[str, Tensor | None] = {}
+        for field in fields(self):
+            a, b = getattr(mine, field.name), getattr(theirs, field.name)
+            assert (a is None) == (b is None), f"only one of the two has {field.name}"
+            if a is None:
+                chosen[field.name] = None
+            else:
+                chosen[field.name] = torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b)
+        return Conditioning(**chosen)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Conditioning(
+            **{name: None if value is None else function(value) for name, value in values.items()}
+        )
+
+
+def _cat(values: Sequence[Tensor | None], name: str) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    assert len(present) in (0, len(values)), f"some conditions of the batch lack {name}"
+    return torch.cat(present) if present else None
