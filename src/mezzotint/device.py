@@ -1,0 +1,209 @@
+"""Where a network runs and in which precision, by what the machine really has; reasons in words."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mezzotint.errors import ConfigError, nearest
+
+__all__ = [
+    "PRECISIONS",
+    "Execution",
+    "autocast",
+    "bf16_instructions",
+    "memory_total",
+    "precision_name",
+    "select_device",
+    "select_precision",
+    "threads",
+]
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_CPUINFO = Path("/proc/cpuinfo")
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """A device, a precision, and why these two.
+
+    Attributes:
+        device: Where the networks and their inputs stand.
+        precision: What autocast computes in; ``float32`` means that there is no autocast. Weights
+            and the sampler's state stay float32 whatever it is.
+        reasons: One sentence for the device and one for the precision.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    reasons: tuple[str, ...]
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """Choose where to run.
+
+    Args:
+        name: ``"auto"`` (a CUDA device if torch can use one, else the processor), or a name of
+            torch's such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+
+    Raises:
+        ConfigError: If torch knows no such device, or this machine does not have it.
+
+    Example:
+        >>> select_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {name!r}: {nearest(kind, ('auto', 'cpu', 'cuda', 'mps'))}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r}: expected a name such as cpu, cuda or cuda:1") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"device {name!r}: torch {torch.__version__} can use {count} CUDA devices here;"
+                " choose cpu or auto"
+            )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device {name!r}: there is none here; choose cpu or auto")
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> Execution:
+    """Choose what to compute in on a device.
+
+    Args:
+        name: ``"auto"`` (bfloat16 where the device computes in it, else float32), ``"float32"``,
+            ``"bfloat16"`` or ``"float16"``.
+        device: What `select_device` returned.
+
+    Returns:
+        Device and precision, with the reasons for both.
+
+    Raises:
+        ConfigError: If there is no such precision, or the device cannot compute in it.
+
+    Example:
+        >>> select_precision("float32", select_device("cpu")).precision
+        torch.float32
+    """
+    if name != "auto" and name not in PRECISIONS:
+        raise ConfigError(f"precision {name!r}: {nearest(name, ('auto', *PRECISIONS))}")
+    if name == "float16" and device.type == "cpu":
+        raise ConfigError(
+            "precision 'float16': a processor trains and draws in float32 or bfloat16"
+        )
+    native, why = _bf16(device)
+    if name == "auto":
+        precision = torch.bfloat16 if native else torch.float32
+        reason = f"{precision_name(precision)}: {why}"
+    else:
+        precision = PRECISIONS[name]
+        reason = f"{name}: asked for"
+        if precision is torch.bfloat16 and not native:
+            reason += f", though {why}, so it is emulated and slow"
+    return Execution(device=device, precision=precision, reasons=(_device_reason(device), reason))
+
+
+def autocast(execution: Execution) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which torch computes in the chosen precision where it is safe."""
+    if execution.precision is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(execution.device.type, dtype=execution.precision)
+
+
+def precision_name(precision: torch.dtype) -> str:
+    """Name a precision as recipes and requests write it, ``"bfloat16"`` for example."""
+    return str(precision).removeprefix("torch.")
+
+
+def threads() -> int:
+    """Count the threads that torch computes with on the processor."""
+    return torch.get_num_threads()
+
+
+def memory_total(device: torch.device | None = None) -> int:
+    """Return how much memory a device has, in bytes; a container's limit counts.
+
+    Args:
+        device: A CUDA device for its own memory; anything else for the machine's.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [_number(path) for path in _CGROUP_LIMITS]
+    return min([physical, *(limit for limit in limits if limit is not None)])
+
+
+def bf16_instructions() -> tuple[str, ...]:
+    """Name the bfloat16 instructions of this processor: AMX, AVX512_BF16, both or none."""
+    names: list[str] = []
+    if _supports("_is_amx_tile_supported", "amx_bf16"):
+        names.append("AMX")
+    if _supports("_is_avx512_bf16_supported", "avx512_bf16"):
+        names.append("AVX512_BF16")
+    return tuple(names)
+
+
+def _bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether a device computes in bfloat16 itself, and the sentence that says so."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return True, "this CUDA device computes in it"
+        return False, "this CUDA device has no bfloat16"
+    if device.type == "cpu":
+        names = bf16_instructions()
+        if names:
+            return True, f"this processor has {' and '.join(names)}"
+        return False, "this processor has neither AMX nor AVX512_BF16"
+    return False, f"bfloat16 is not tried on {device.type}"
+
+
+def _device_reason(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu" and torch.cuda.is_available():
+        return "cpu: asked for, though torch can use a CUDA device"
+    if device.type == "cpu":
+        return f"cpu: torch {torch.__version__} can use no CUDA device here"
+    return f"{device}: asked for"
+
+
+def _supports(asks: str, flag: str) -> bool:
+    """Ask torch by a private name (there is no public one), or Linux where torch lacks it."""
+    ask = getattr(torch.cpu, asks, None)
+    return bool(ask()) if ask is not None else flag in _processor_flags()
+
+
+def _processor_flags() -> frozenset[str]:
+    """The instruction sets that Linux lists; nothing on other systems."""
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def _number(path: Path) -> int | None:
+    """The integer that a file holds, or nothing (the file says ``max`` where there is no limit)."""
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
