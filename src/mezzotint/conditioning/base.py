@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Conditioning"]
+from mezzotint.errors import RequestError
+
+__all__ = ["ConditionInputs", "Conditioner", "Conditioning", "Unconditional"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,3 +108,68 @@ def _cat(values: Sequence[Tensor | None], name: str) -> Tensor | None:
     present = [value for value in values if value is not None]
     assert len(present) in (0, len(values)), f"some conditions of the batch lack {name}"
     return torch.cat(present) if present else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionInputs:
+    """What a user or a data set says of a batch, before any conditioner has read it.
+
+    Attributes:
+        count: The number of samples.
+        captions: One text a sample.
+        labels: One class index a sample.
+    """
+
+    count: int
+    captions: Sequence[str] | None = None
+    labels: Sequence[int] | None = None
+
+
+class Conditioner(nn.Module):
+    """Turns inputs into a `Conditioning`, and knows its own null: tau_theta of the paper, eq. 3.
+
+    Attributes:
+        wants: The inputs that it reads: ``"caption"``, ``"label"`` or nothing.
+        description: For messages, what it wants, in words.
+    """
+
+    wants: str | None = None
+    description: str = "nothing: it is unconditional"
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on a batch.
+
+        Args:
+            inputs: What the samples are to be.
+            drop: ``(B,)`` bool, true where the condition is replaced by the null.
+
+        Raises:
+            RequestError: If the inputs lack what this conditioner wants.
+        """
+        raise NotImplementedError
+
+    def null(self, count: int) -> Conditioning:
+        """Return the condition that says nothing, for ``count`` samples."""
+        raise NotImplementedError
+
+    def require(self, value: object, inputs: ConditionInputs) -> None:
+        """Raise a RequestError that says what this model wants, unless ``value`` is given."""
+        if value is None:
+            given = "a prompt" if inputs.captions is not None else "no condition"
+            given = "a class" if inputs.labels is not None else given
+            raise RequestError(f"the model wants {self.description}, but was given {given}")
+
+
+class Unconditional(Conditioner):
+    """The conditioner of a model that is told nothing."""
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Return the empty condition; a prompt or a class is refused."""
+        if inputs.captions is not None or inputs.labels is not None:
+            given = "a prompt" if inputs.captions is not None else "a class"
+            raise RequestError(f"the model is unconditional: it cannot take {given}")
+        return Conditioning()
+
+    def null(self, count: int) -> Conditioning:
+        """Return the empty condition."""
+        return Conditioning()

@@ -1,0 +1,73 @@
+"""Class labels as one learned token for cross-attention (paper, appendix E.2.1)."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mezzotint.conditioning.base import Conditioner, ConditionInputs, Conditioning
+from mezzotint.config import Config
+from mezzotint.errors import RequestError, nearest
+
+__all__ = ["ClassConditioner", "ClassConditionerConfig"]
+
+
+class ClassConditionerConfig(Config):
+    """A learned embedding per class.
+
+    Attributes:
+        width: Width d of the token; the UNet's ``cross_attention_dim``.
+        class_names: The classes by index; taken from the data set if left empty in a recipe.
+    """
+
+    kind: Literal["class"] = "class"
+    width: int = Field(512, ge=1)
+    class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "ClassConditionerConfig":
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("class_names: a name stands there twice")
+        return self
+
+
+class ClassConditioner(Conditioner):
+    """Embeds a class index as ``(B, 1, d)``; the null is one more class, learned by dropout."""
+
+    wants = "label"
+
+    def __init__(self, config: ClassConditionerConfig) -> None:
+        super().__init__()
+        assert config.class_names, "the classes are filled in from the data before this is built"
+        self.config = config
+        self.embedding = nn.Embedding(len(config.class_names) + 1, config.width)
+        names = ", ".join(config.class_names[:8])
+        more = ", …" if len(config.class_names) > 8 else ""
+        self.description = f"a class (--class, one of: {names}{more})"
+
+    def index_of(self, label: str | int) -> int:
+        """Return the index of a class given by name or index.
+
+        Raises:
+            RequestError: If there is no such class; it names the nearest.
+        """
+        names = self.config.class_names
+        if label in names:
+            return names.index(str(label))
+        if str(label).isdigit() and int(label) < len(names):
+            return int(label)
+        raise RequestError(f"unknown class {label!r}; {nearest(str(label), names)}")
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on ``inputs.labels``; see `Conditioner.forward`."""
+        self.require(inputs.labels, inputs)
+        labels = torch.as_tensor(inputs.labels, device=self.embedding.weight.device)
+        if drop is not None:
+            labels = torch.where(drop.to(labels.device), len(self.config.class_names), labels)
+        return Conditioning(crossattn=self.embedding(labels)[:, None])
+
+    def null(self, count: int) -> Conditioning:
+        """Return the null class, ``count`` times."""
+        index = torch.full((count,), len(self.config.class_names))
+        return Conditioning(crossattn=self.embedding(index.to(self.embedding.weight.device))[:, None])

@@ -1,0 +1,150 @@
+"""Captions through an unmasked transformer tau_theta (paper, section 3.3 and appendix E.2.1).
+
+The paper's text-to-image model reads BERT's WordPiece tokens with a transformer that is trained
+jointly with the UNet. Here the vocabulary is trained on the captions themselves.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
+from torch import Tensor, nn
+
+from mezzotint.conditioning.base import Conditioner, ConditionInputs, Conditioning
+from mezzotint.config import Config
+from mezzotint.nn.attention import attend
+
+__all__ = ["TextConditioner", "TextConditionerConfig", "train_tokenizer"]
+
+PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+
+
+class TextConditionerConfig(Config):
+    """A WordPiece tokenizer and a transformer of full (unmasked) self-attention.
+
+    Attributes:
+        width: Width d of the tokens; the UNet's ``cross_attention_dim``.
+        layers: Transformer blocks.
+        heads: Attention heads; ``width`` is divisible by it.
+        max_length: Tokens at most, start and end included; longer captions are cut.
+        vocab_size: Tokens at most in the trained vocabulary.
+        dropout: Dropout probability inside the blocks.
+    """
+
+    kind: Literal["text"] = "text"
+    width: int = Field(512, ge=1)
+    layers: int = Field(8, ge=0)
+    heads: int = Field(8, ge=1)
+    max_length: int = Field(77, ge=3)
+    vocab_size: int = Field(4096, ge=64)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TextConditionerConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a lower-casing WordPiece tokenizer on captions.
+
+    Args:
+        captions: The texts; their order does not matter.
+        vocab_size: Tokens at most, the four special ones included.
+    """
+    tokenizer = Tokenizer(WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, UNKNOWN, START, END], show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(captions), trainer)
+    return tokenizer
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, M, d / heads)
+        attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.to_out(attended))
+        return x + self.dropout(self.feed_forward(self.norm2(x)))
+
+
+class TextConditioner(Conditioner):
+    """Captions to ``(B, M, d)`` tokens; the null is the empty caption.
+
+    Args:
+        config: The transformer's shape.
+        tokenizer: From `train_tokenizer`; a part of the model, stored with its weights.
+    """
+
+    wants = "caption"
+    description = "a prompt"
+
+    def __init__(self, config: TextConditionerConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self._start = tokenizer.token_to_id(START)
+        self._end = tokenizer.token_to_id(END)
+        self._pad = tokenizer.token_to_id(PAD)
+        width = config.width
+        self.token_embedding = nn.Embedding(tokenizer.get_vocab_size(), width)
+        self.position_embedding = nn.Embedding(config.max_length, width)
+        self.blocks = nn.ModuleList(
+            _Block(width, config.heads, config.dropout) for _ in range(config.layers)
+        )
+        self.final_norm = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids and mask, both ``(B, M)``, padded to the longest caption."""
+        encoded = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        room = self.config.max_length - 2
+        rows = [[self._start, *item.ids[:room], self._end] for item in encoded]
+        length = max(len(row) for row in rows)
+        ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(length)[None] < lengths[:, None]
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on ``inputs.captions``; see `Conditioner.forward`."""
+        self.require(inputs.captions, inputs)
+        captions = list(inputs.captions or ())
+        if drop is not None:
+            captions = [
+                "" if dropped else text for text, dropped in zip(captions, drop, strict=True)
+            ]
+        ids, mask = self.tokenize(captions)
+        device = self.token_embedding.weight.device
+        ids, mask = ids.to(device), mask.to(device)
+        positions = torch.arange(ids.shape[1], device=device)
+        x = self.token_embedding(ids) + self.position_embedding(positions)
+        for block in self.blocks:
+            x = block(x, mask[:, None, None])  # (B, 1, 1, M): padding is attended by nobody
+        return Conditioning(crossattn=self.final_norm(x), crossattn_mask=mask)
+
+    def null(self, count: int) -> Conditioning:
+        """Return the empty caption's tokens, ``count`` times."""
+        return self(ConditionInputs(count=1, captions=[""])).repeat(count)

@@ -1,0 +1,203 @@
+"""A latent diffusion model: first stage, UNet, conditioner and schedule, composed; no loop."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.conditioning.base import Conditioner, Conditioning
+from mezzotint.diffusion.denoiser import Denoiser
+from mezzotint.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mezzotint.errors import ConfigError, RequestError
+from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
+from mezzotint.models.regularizers import DiagonalGaussian
+from mezzotint.models.unet import UNet
+from mezzotint.rng import SampleNoise
+
+__all__ = ["FirstStage", "LatentDiffusion", "LatentNormalization", "encode_moments", "fingerprint"]
+
+FirstStage = AutoencoderKL | VQModel | IdentityFirstStage
+
+
+class LatentNormalization(nn.Module):
+    """Brings latents to unit variance: ``(z - mean) / std``.
+
+    The paper rescales by one number, 1 / std over the data (appendix G, eq. for sigma-hat): then
+    ``mean`` is 0 and ``std`` holds one value. Per channel, both have C values.
+
+    Args:
+        mean: Shape ``(1,)`` or ``(C,)``.
+        std: The same shape, positive.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.detach().clone().float())
+        self.register_buffer("std", std.detach().clone().float())
+        self.mean: Tensor
+        self.std: Tensor
+
+    @classmethod
+    def from_scale_factor(cls, scale_factor: float) -> "LatentNormalization":
+        """The paper's form: z is multiplied by ``scale_factor``."""
+        return cls(torch.zeros(1), torch.tensor([1.0 / scale_factor]))
+
+    @classmethod
+    def measure(cls, latents: Tensor, per_channel: bool) -> "LatentNormalization":
+        """Measure over latents ``(N, C, h, w)`` of the data."""
+        values = latents.double()
+        if per_channel:
+            return cls(values.mean((0, 2, 3)), values.std((0, 2, 3)))
+        return cls(torch.zeros(1), values.std().reshape(1))
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether this is one scale factor alone."""
+        return self.std.numel() == 1 and not bool(self.mean.any())
+
+    @property
+    def scale_factor(self) -> float:
+        """The paper's ``scale_factor``; only for the scalar form."""
+        assert self.is_scalar
+        return 1.0 / float(self.std)
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Raw latents ``(B, C, h, w)`` to unit variance."""
+        return (z - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return z * self.std.view(1, -1, 1, 1) + self.mean.view(1, -1, 1, 1)
+
+
+def encode_moments(first_stage: FirstStage, images: Tensor) -> Tensor:
+    """Encode to what is worth caching: mean and log-variance of a KL posterior, else the latent.
+
+    Args:
+        first_stage: Any first stage.
+        images: ``(B, 3, H, W)`` in [-1, 1].
+
+    Returns:
+        ``(B, 2C, h, w)`` for `AutoencoderKL`, ``(B, C, h, w)`` for the others.
+    """
+    encoded = first_stage.encode(images)
+    if isinstance(encoded, DiagonalGaussian):
+        return torch.cat([encoded.mean, encoded.logvar], dim=1)
+    return encoded
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a short content hash of named tensors: names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class LatentDiffusion(nn.Module):
+    """p(z | y) in the latent space of a first stage (paper, figure 3).
+
+    Args:
+        first_stage: E and D; frozen.
+        unet: epsilon_theta.
+        conditioner: tau_theta.
+        schedule: Noise schedule and what the network predicts.
+        normalization: Of the latents of ``first_stage``, measured over the training data.
+        image_size: Height and width in pixels that it was trained at.
+
+    Raises:
+        ConfigError: If the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        first_stage: FirstStage,
+        unet: UNet,
+        conditioner: Conditioner,
+        schedule: ScheduleConfig,
+        normalization: LatentNormalization,
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        if unet.config.out_channels != first_stage.latent_channels:
+            raise ConfigError(
+                f"unet: out_channels is {unet.config.out_channels}, but the first stage has"
+                f" {first_stage.latent_channels} latent channels"
+            )
+        self.first_stage = first_stage.eval().requires_grad_(False)
+        self.unet = unet
+        self.conditioner = conditioner
+        self.schedule_config = schedule
+        self.schedule = NoiseSchedule(schedule)
+        self.normalization = normalization
+        self.image_size = image_size
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        """Set training mode for all but the first stage, which is frozen."""
+        super().train(mode)
+        self.first_stage.eval()
+        return self
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape ``(C, h, w)`` of the latent of an image.
+
+        Raises:
+            RequestError: If the size is not divisible by f.
+        """
+        factor = self.first_stage.factor
+        for name, size in (("height", height), ("width", width)):
+            check_divisible(name, size, factor)
+        return self.first_stage.latent_channels, height // factor, width // factor
+
+    def encode(self, images: Tensor, rng: SampleNoise | None = None) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [-1, 1] to normalised latents ``(B, C, h, w)``.
+
+        Args:
+            images: The pictures.
+            rng: Samples the posterior of a KL first stage; without it, its mean is taken.
+        """
+        encoded = self.first_stage.encode(images)
+        if isinstance(encoded, DiagonalGaussian):
+            encoded = encoded.sample(rng) if rng is not None else encoded.mode()
+        return self.normalization.normalize(encoded)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents ``(B, C, h, w)`` to images ``(B, 3, H, W)``, about [-1, 1]."""
+        return self.first_stage.decode(self.normalization.denormalize(latents))
+
+    def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """Run the UNet: epsilon_theta(z_t, t, tau_theta(y)), paper eq. 3.
+
+        Args:
+            x: ``(B, C, h, w)`` variance-preserving noisy latents.
+            timestep: ``(B,)`` in [0, T).
+            cond: The conditions; ``concat`` is joined to ``x`` along the channels.
+        """
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat], dim=1)
+        return self.unet(
+            x,
+            timestep,
+            context=cond.crossattn,
+            context_mask=cond.crossattn_mask,
+            vector=cond.vector,
+        )
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The model as a denoiser in variance-exploding coordinates."""
+        return Denoiser(self.predict, self.schedule)
+
+    def weights_hash(self) -> str:
+        """A short hash of every weight and statistic: what draws the same pictures has it."""
+        return fingerprint(self.state_dict().items())
+
+
+def check_divisible(name: str, size: int, factor: int) -> None:
+    """Refuse an image size that the first stage cannot halve often enough."""
+    if size < 1 or size % factor:
+        lower = max(factor, size // factor * factor)
+        near = f"{lower} or {lower + factor}" if size > factor else str(factor)
+        raise RequestError(f"{name} {size} is not divisible by f = {factor}; the nearest is {near}")
