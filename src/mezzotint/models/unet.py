@@ -1,0 +1,416 @@
+"""The time-conditional UNet epsilon_theta (Rombach et al. 2022, sections 3.2 and 3.3).
+
+Parameters are named as in the public diffusers checkpoints.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.config import Config
+from mezzotint.errors import RequestError
+from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
+from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
+from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
+
+__all__ = ["UNet", "UNetConfig"]
+
+
+class UNetConfig(Config):
+    """The shape of a `UNet`; the defaults are those of Stable Diffusion 1.
+
+    Attributes:
+        in_channels: Channels of the noisy latent, with those of concatenated conditions.
+        out_channels: Channels of the prediction.
+        sample_size: Height and width of the latents that it was trained on; only noted.
+        block_out_channels: Channels of each level; every level but the last halves the size.
+        layers_per_block: ResBlocks of a level on the way down; one more on the way up.
+        attention_levels: Whether a level has attention, one flag each. The middle always has.
+        cross_attention_dim: Width of the context tokens; null makes the attention plain
+            self-attention.
+        num_attention_heads: Number of heads, the same at every level.
+        attention_head_dim: Width of one head instead, which sets their number at each level.
+        transformer_layers_per_block: Transformer blocks of each attention.
+        use_linear_projection: Linear layers in and out of the transformers, as in Stable
+            Diffusion 2, in place of convolutions of size 1.
+        resnet_time_scale_shift: Whether time is added to the features ("default") or scales and
+            shifts them after normalisation.
+        resblock_updown: Change resolution by ResBlocks in place of convolutions.
+        downsample_padding: 1 pads every side, 0 only right and bottom.
+        num_class_embeds: Number of class labels, a null among them, if it is told classes.
+        vector_dim: Width of a vector that is added to the time embedding through an MLP.
+        guidance_embed_dim: Width of the embedding of the guidance scale in a distilled model.
+        norm_num_groups: Groups of every group normalisation.
+        norm_eps: Epsilon of the ResBlocks' normalisations.
+        dropout: Dropout inside ResBlocks.
+        flip_sin_to_cos: Time embedding has cosines first.
+        freq_shift: See `timestep_embedding`.
+    """
+
+    in_channels: PositiveInt = 4
+    out_channels: PositiveInt = 4
+    sample_size: PositiveInt | None = None
+    block_out_channels: tuple[PositiveInt, ...] = Field((320, 640, 1280, 1280), min_length=1)
+    layers_per_block: PositiveInt = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    cross_attention_dim: PositiveInt | None = 768
+    num_attention_heads: PositiveInt | None = 8
+    attention_head_dim: PositiveInt | None = None
+    transformer_layers_per_block: PositiveInt = 1
+    use_linear_projection: bool = False
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    resblock_updown: bool = False
+    downsample_padding: Literal[0, 1] = 1
+    num_class_embeds: PositiveInt | None = None
+    vector_dim: PositiveInt | None = None
+    guidance_embed_dim: PositiveInt | None = None
+    norm_num_groups: PositiveInt = 32
+    norm_eps: float = Field(1e-5, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        channels = self.block_out_channels
+        if len(self.attention_levels) != len(channels):
+            raise ValueError(
+                f"attention_levels has {len(self.attention_levels)} flags, but block_out_channels"
+                f" has {len(channels)} levels; give one flag a level"
+            )
+        if (self.num_attention_heads is None) == (self.attention_head_dim is None):
+            raise ValueError(
+                "exactly one of num_attention_heads and attention_head_dim must be set;"
+                " set the other to null"
+            )
+        if self.num_class_embeds is not None and self.vector_dim is not None:
+            raise ValueError("num_class_embeds and vector_dim exclude each other; set one to null")
+        for width in channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} does not divide the {width} channels"
+                    " in block_out_channels"
+                )
+        attended = {w for w, on in zip(channels, self.attention_levels, strict=True) if on}
+        name = "attention_head_dim" if self.attention_head_dim else "num_attention_heads"
+        divisor = self.attention_head_dim or self.num_attention_heads or 1
+        for width in sorted(attended | {channels[-1]}):
+            if width % divisor:
+                raise ValueError(
+                    f"{name} {divisor} does not divide the {width} channels of a level with"
+                    " attention in block_out_channels"
+                )
+        return self
+
+    def heads(self, channels: int) -> int:
+        """Return the number of attention heads at a level of so many channels."""
+        if self.num_attention_heads is not None:
+            return self.num_attention_heads
+        assert self.attention_head_dim is not None
+        return channels // self.attention_head_dim
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the time embedding that every ResBlock gets."""
+        return 4 * self.block_out_channels[0]
+
+
+class UNet(nn.Module):
+    """Predicts the noise, the velocity or the clean latent from a noisy one.
+
+    The last convolution of every residual branch, and of the network, starts at zero (Dhariwal and
+    Nichol 2021): an untrained network predicts 0, which is the mean of its target.
+
+    Args:
+        config: The shape.
+
+    Example:
+        >>> config = UNetConfig(
+        ...     block_out_channels=(32, 64), attention_levels=(False, True), cross_attention_dim=16
+        ... )
+        >>> x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+        >>> UNet(config)(x, torch.tensor([0.0, 999.0]), context).shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        widths, time_dim = config.block_out_channels, config.time_embed_dim
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(
+            widths[0], time_dim, condition_dim=config.guidance_embed_dim
+        )
+        self.class_embedding: nn.Module | None = None
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim)
+        elif config.vector_dim is not None:
+            self.class_embedding = TimestepEmbedding(config.vector_dim, time_dim)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [width := widths[0]]
+        for level, out_width in enumerate(widths):
+            last = level == len(widths) - 1
+            self.down_blocks.append(_DownBlock(config, level, width, downsample=not last))
+            width = out_width
+            skips += [width] * (config.layers_per_block + (not last))
+
+        self.mid_block = _MidBlock(config)
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            mine = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(_UpBlock(config, level, width, mine, upsample=level > 0))
+            width = widths[level]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self._zero_residual_branches()
+
+    def _zero_residual_branches(self) -> None:
+        ends: list[nn.Module] = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                ends.append(module.conv2)
+            elif isinstance(module, SpatialTransformer):
+                ends.append(module.proj_out)
+            elif isinstance(module, AttentionBlock):
+                ends.append(module.to_out[0])
+        for parameter in (p for end in ends for p in end.parameters()):
+            nn.init.zeros_(parameter)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each level in the backward pass: less memory, about a third more time."""
+        self.gradient_checkpointing = True
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predict.
+
+        Args:
+            x: ``(B, in_channels, H, W)`` noisy latents, variance-preserving, any conditions to be
+                concatenated already at the end of the channels.
+            timestep: ``(B,)`` times, whole or fractional, 0 up to the schedule's number of steps.
+            context: ``(B, M, cross_attention_dim)`` tokens, if the model cross-attends.
+            context_mask: ``(B, M)`` bool, true where a token is real; absent means all are.
+            vector: ``(B,)`` integer class labels, or ``(B, vector_dim)``.
+            guidance: ``(B,)`` guidance scales of a distilled model, 1 meaning none.
+
+        Returns:
+            ``(B, out_channels, H, W)``.
+
+        Raises:
+            RequestError: If a condition is missing, or the model has no use for one.
+        """
+        self._check_conditions(context, vector, guidance)
+        time = self._embed(timestep, vector, guidance)
+        mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
+
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            h, outputs = self._run(block, h, time, context, mask)
+            skips += outputs
+        h = self._run(self.mid_block, h, time, context, mask)
+        for block in self.up_blocks:
+            count = self.config.layers_per_block + 1
+            mine, skips = skips[-count:], skips[:-count]
+            # a size that was odd on the way down is met again exactly on the way up
+            size = skips[-1].shape[-2:] if skips else None
+            h = self._run(block, h, mine, time, context, mask, size)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def _embed(self, timestep: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
+        config, dtype = self.config, self.conv_in.weight.dtype
+        sinusoids = timestep_embedding(
+            timestep,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        scales = None
+        if guidance is not None:
+            assert config.guidance_embed_dim is not None
+            # Meng et al. 2023 count w from 0, and embed it like a time of 1000 w (Luo et al.
+            # 2023, arXiv 2310.04378)
+            scales = timestep_embedding(
+                1000 * (guidance - 1),
+                config.guidance_embed_dim,
+                flip_sin_to_cos=False,
+                freq_shift=1,
+            ).to(dtype)
+        time = self.time_embedding(sinusoids.to(dtype), scales)
+        if self.class_embedding is not None:
+            time = time + self.class_embedding(vector)
+        return time
+
+    def _check_conditions(
+        self, context: Tensor | None, vector: Tensor | None, guidance: Tensor | None
+    ) -> None:
+        config = self.config
+        wanted = config.num_class_embeds is not None or config.vector_dim is not None
+        for name, value, expected in (
+            ("context (text or other tokens)", context, config.cross_attention_dim is not None),
+            ("vector (class labels or a vector)", vector, wanted),
+        ):
+            if (value is not None) != expected:
+                raise RequestError(
+                    f"the model {'needs' if expected else 'has no use for'} a {name},"
+                    f" but {'none' if expected else 'one'} was given"
+                )
+        if guidance is not None and config.guidance_embed_dim is None:
+            raise RequestError("the model has no guidance embedding: it was not distilled for one")
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        function: Callable[..., Any] = block
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
+def _resnet(
+    config: UNetConfig,
+    in_channels: int,
+    out_channels: int,
+    resample: Literal["down", "up"] | None = None,
+) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels,
+        out_channels,
+        time_dim=config.time_embed_dim,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        dropout=config.dropout,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        resample=resample,
+    )
+
+
+def _attention(config: UNetConfig, channels: int) -> SpatialTransformer | AttentionBlock:
+    heads, groups = config.heads(channels), config.norm_num_groups
+    if config.cross_attention_dim is None:
+        return AttentionBlock(channels, heads, groups=groups, eps=config.norm_eps)
+    return SpatialTransformer(
+        channels,
+        heads,
+        config.cross_attention_dim,
+        layers=config.transformer_layers_per_block,
+        groups=groups,
+        linear=config.use_linear_projection,
+    )
+
+
+class _DownBlock(nn.Module):
+    """One level on the way down; also returns what the way up will need."""
+
+    def __init__(
+        self, config: UNetConfig, level: int, in_channels: int, *, downsample: bool
+    ) -> None:
+        super().__init__()
+        channels = config.block_out_channels[level]
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        for layer in range(config.layers_per_block):
+            self.resnets.append(_resnet(config, channels if layer else in_channels, channels))
+            if config.attention_levels[level]:
+                self.attentions.append(_attention(config, channels))
+        self.downsamplers = nn.ModuleList()
+        if downsample:
+            self.downsamplers.append(
+                _resnet(config, channels, channels, "down")
+                if config.resblock_updown
+                else Downsample(channels, padding=config.downsample_padding)
+            )
+
+    def forward(
+        self, h: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        outputs: list[Tensor] = []
+        for layer, resnet in enumerate(self.resnets):
+            h = resnet(h, time)
+            if self.attentions:
+                h = self.attentions[layer](h, context, mask)
+            outputs.append(h)
+        for downsampler in self.downsamplers:
+            h = downsampler(h, time)
+            outputs.append(h)
+        return h, outputs
+
+
+class _MidBlock(nn.Module):
+    """The coarsest features: ResBlock, attention, ResBlock."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(_resnet(config, channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([_attention(config, channels)])
+
+    def forward(
+        self, h: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        h = self.resnets[0](h, time)
+        h = self.attentions[0](h, context, mask)
+        return self.resnets[1](h, time)
+
+
+class _UpBlock(nn.Module):
+    """One level on the way up; every ResBlock takes one of the way down's outputs beside."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        in_channels: int,
+        skip_channels: list[int],
+        *,
+        upsample: bool,
+    ) -> None:
+        super().__init__()
+        channels = config.block_out_channels[level]
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        for layer, skip in enumerate(skip_channels):
+            self.resnets.append(
+                _resnet(config, (channels if layer else in_channels) + skip, channels)
+            )
+            if config.attention_levels[level]:
+                self.attentions.append(_attention(config, channels))
+        self.upsamplers = nn.ModuleList()
+        if upsample:
+            self.upsamplers.append(
+                _resnet(config, channels, channels, "up")
+                if config.resblock_updown
+                else Upsample(channels)
+            )
+
+    def forward(
+        self,
+        h: Tensor,
+        skips: list[Tensor],
+        time: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        size: torch.Size | None,
+    ) -> Tensor:
+        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            h = resnet(torch.cat([h, skip], dim=1), time)
+            if self.attentions:
+                h = self.attentions[layer](h, context, mask)
+        for upsampler in self.upsamplers:
+            h = upsampler(h, time, size)
+        return h

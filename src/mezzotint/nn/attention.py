@@ -1,0 +1,216 @@
+"""Attention: the product, the transformer of cross-attention models and the plain block.
+
+Parameters are named as in the public diffusers checkpoints.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Attention", "AttentionBlock", "SpatialTransformer", "TransformerBlock", "attend"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute softmax(q kᵀ / √d) v (Vaswani et al. 2017, equation 1).
+
+    Args:
+        q: Queries ``(B, heads, N, d)``.
+        k: Keys ``(B, heads, M, d)``.
+        v: Values ``(B, heads, M, d)``.
+        mask: Bool, true where a key counts, broadcast to ``(B, heads, N, M)``. A query that may
+            look at nothing gets zeros.
+
+    Returns:
+        ``(B, heads, N, d)``.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
+        >>> keep = torch.tensor([True, True, False, False])
+        >>> torch.allclose(attend(q, k, v, keep), attend(q, k[:, :, :2], v[:, :, :2]), atol=1e-6)
+        True
+    """
+    blind = None
+    if mask is not None:
+        blind = ~mask.any(dim=-1, keepdim=True)
+        mask = mask | blind  # a softmax over nothing is NaN, and so is its gradient
+    # on a CPU the fused kernel's backward in half precision costs five times the product's
+    if q.device.type == "cpu" and q.dtype != torch.float32 and torch.is_grad_enabled():
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))  # (B, heads, N, M)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        out = torch.matmul(scores.softmax(dim=-1), v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to themselves or to a context.
+
+    Args:
+        dim: Width of the tokens.
+        heads: Number of heads.
+        context_dim: Width of the context; absent, the tokens attend to themselves.
+        bias: Whether queries, keys and values have a bias; the output always has one.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, context_dim: int | None = None, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``(B, N, dim)``.
+            context: ``(B, M, context_dim)``; absent, ``x`` itself.
+            mask: Bool, broadcast to ``(B, heads, N, M)``.
+
+        Returns:
+            ``(B, N, dim)``.
+        """
+        context = x if context is None else context
+        q, k, v = (
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, d)
+            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class AttentionBlock(Attention):
+    """Plain self-attention over the positions of a feature map, with a residual connection.
+
+    It is an `Attention` rather than having one because the checkpoints name the projections beside
+    ``group_norm``.
+
+    Args:
+        channels: Channels C.
+        heads: Number of heads.
+        groups: Groups of the normalisation.
+        eps: Epsilon of the normalisation.
+    """
+
+    def __init__(self, channels: int, heads: int, *, groups: int, eps: float) -> None:
+        super().__init__(channels, heads, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape; it takes no context."""
+        assert context is None, "plain attention has no context"
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        return x + super().forward(tokens, None, mask).transpose(1, 2).reshape(x.shape)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The transformer's position-wise MLP, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # the checkpoints count a dropout between the two layers
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and a GEGLU MLP, each on normalised tokens with a residual.
+
+    Args:
+        dim: Width of the tokens.
+        heads: Number of heads.
+        context_dim: Width of the context.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map ``(B, N, dim)`` and a context ``(B, M, context_dim)`` to ``(B, N, dim)``."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map (Rombach et al. 2022, appendix E.2.1).
+
+    Args:
+        channels: Channels C.
+        heads: Number of heads.
+        context_dim: Width of the context.
+        layers: Number of transformer blocks.
+        groups: Groups of the normalisation.
+        linear: Whether the projections in and out are stored as linear layers (Stable Diffusion
+            2) or as convolutions of size 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int,
+        *,
+        layers: int = 1,
+        groups: int = 32,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim) for _ in range(layers)
+        )
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` and a context ``(B, M, d)`` to ``(B, C, H, W)``.
+
+        Args:
+            x: Features.
+            context: Tokens to attend to.
+            mask: Bool, broadcast to ``(B, heads, HW, M)``, true where a token counts.
+        """
+        linear = isinstance(self.proj_in, nn.Linear)
+        h = self.norm(x)
+        if not linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, HW, C)
+        if linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context, mask)
+        if linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).reshape(x.shape)
+        return x + (h if linear else self.proj_out(h))
