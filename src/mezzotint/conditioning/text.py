@@ -119,11 +119,15 @@ class TextConditioner(Conditioner):
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return token ids and mask, both ``(B, M)``, padded to the longest caption."""
+        """Return token ids and mask, both ``(B, max_length)``.
+
+        Every caption is padded to the same length, so that a sample's arithmetic does not depend
+        on its neighbours.
+        """
         encoded = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
         room = self.config.max_length - 2
         rows = [[self._start, *item.ids[:room], self._end] for item in encoded]
-        length = max(len(row) for row in rows)
+        length = self.config.max_length
         ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(length)[None] < lengths[:, None]

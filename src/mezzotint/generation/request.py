@@ -28,6 +28,7 @@ class Resolved(Config):
         device: torch's name of the device.
         threads: How many threads of the processor computed.
         batch_size: How many images of the request were drawn at once.
+        batch_row: Which row of that batch this was.
         image_index: Which image of the request this is, from 0; its seed is ``seed + image_index``.
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
@@ -39,6 +40,7 @@ class Resolved(Config):
     device: str
     threads: Count
     batch_size: Count
+    batch_row: Annotated[int, Field(ge=0)]
     image_index: Annotated[int, Field(ge=0)]
     mezzotint_version: str
     torch_version: str

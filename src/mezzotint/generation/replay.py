@@ -1,0 +1,58 @@
+"""A picture back to itself, bit for bit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mezzotint.errors import RequestError
+from mezzotint.generation.generate import GeneratedImage, generate_each
+from mezzotint.generation.metadata import read_request
+from mezzotint.generation.pipeline import load
+
+__all__ = ["replay"]
+
+
+@contextmanager
+def _thread_count(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def replay(path: Path, model: str | None = None, device: str = "auto") -> GeneratedImage:
+    """Draw a picture again from the request that it carries, bit for bit.
+
+    The picture is drawn at the batch size, precision and thread count that it was drawn with.
+
+    Args:
+        path: A PNG drawn by Mezzotint.
+        model: Where the model is now, if it has moved.
+        device: Where to draw; another kind of device may differ in the last bit.
+
+    Raises:
+        RequestError: If the picture holds no request, or the model is not the one that drew it.
+    """
+    request = read_request(path)
+    resolved = request.resolved
+    if resolved is None or (request.model is None and model is None):
+        raise RequestError(f"{path}: its request does not say which model drew it")
+    pipeline = load(model or str(request.model), device, resolved.precision)
+    if pipeline.model_hash != resolved.model_hash:
+        raise RequestError(
+            f"{path}: drawn by a model with the hash {resolved.model_hash}, but {pipeline.name} has"
+            f" {pipeline.model_hash}; name the right one with --model"
+        )
+    seed = request.seed + resolved.image_index
+    alone = request.model_copy(update={"num_images": 1, "resolved": None})
+    rows = [
+        alone.model_copy(update={"seed": max(0, seed + row - resolved.batch_row)})
+        for row in range(resolved.batch_size)
+    ]
+    with _thread_count(resolved.threads):
+        drawn = generate_each(pipeline, rows, batch_size=len(rows))
+    return GeneratedImage(drawn[resolved.batch_row].image, request)

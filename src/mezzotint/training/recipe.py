@@ -1,0 +1,235 @@
+"""A training run as one typed value: data, model, conditioning, loss, optimizer, budget."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mezzotint.conditioning.classes import ClassConditionerConfig
+from mezzotint.conditioning.text import TextConditionerConfig
+from mezzotint.config import Config, Document
+from mezzotint.data.base import DataConfig
+from mezzotint.diffusion.schedule import ScheduleConfig
+from mezzotint.models.autoencoder import (
+    AutoencoderKLConfig,
+    IdentityFirstStageConfig,
+    VQModelConfig,
+)
+from mezzotint.models.discriminator import PatchDiscriminatorConfig
+from mezzotint.models.perceptual import PerceptualConfig
+from mezzotint.models.unet import UNetConfig
+
+__all__ = [
+    "AdversarialConfig",
+    "AutoencoderLossConfig",
+    "AutoencoderRecipe",
+    "BudgetConfig",
+    "DiffusionRecipe",
+    "EncodedFirstStage",
+    "OptimizerConfig",
+    "Recipe",
+    "TrainedFirstStage",
+    "UnconditionalConfig",
+]
+
+
+class OptimizerConfig(Config):
+    """AdamW and how its learning rate moves.
+
+    Attributes:
+        learning_rate: The peak; never scaled by batch size or ranks behind your back.
+        schedule: ``constant`` after warm-up, or ``cosine`` to zero over the budget.
+        warmup_steps: Steps of linear rise.
+        gradient_clip: Largest global gradient norm; None clips nothing.
+    """
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    gradient_clip: float | None = Field(1.0, gt=0)
+
+
+class BudgetConfig(Config):
+    """When training ends: after so many steps or so many minutes of training, whichever is first.
+
+    A budget in minutes makes the end, and a cosine learning rate, depend on the machine's speed;
+    only a budget in steps alone is exactly repeatable.
+    """
+
+    max_steps: int | None = Field(None, ge=1)
+    max_minutes: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _some(self) -> "BudgetConfig":
+        if self.max_steps is None and self.max_minutes is None:
+            raise ValueError("one of max_steps and max_minutes is required")
+        return self
+
+
+class RunConfig(Config):
+    """What a run writes, and when."""
+
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_minutes: float = Field(5.0, gt=0)
+    log_steps: int = Field(50, ge=1)
+
+
+class _RecipeBase(Document):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1, description="gradient accumulation: batches per step")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    channels_last: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    budget: BudgetConfig
+    run: RunConfig = RunConfig()
+
+
+class AdversarialConfig(Config):
+    """The patch discriminator D_psi and when it takes part (paper, appendix G; VQGAN, eq. 6-7).
+
+    Attributes:
+        start_step: From this step on the autoencoder sees the adversarial loss.
+        pretrain_steps: For so many steps before that the discriminator alone is trained, so that
+            it is not blind when it begins to speak.
+        weight: Factor on the adaptive weight.
+        learning_rate: The discriminator's; the autoencoder's if left out.
+    """
+
+    start_step: int = Field(50_000, ge=0)
+    pretrain_steps: int = Field(1_000, ge=0)
+    weight: float = Field(0.5, ge=0)
+    learning_rate: float | None = Field(None, gt=0)
+    discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig()
+
+
+class AutoencoderLossConfig(Config):
+    """L_rec + perceptual + regulariser + adversarial (paper, eq. 25).
+
+    Every term is a mean per pixel value, so the weights do not depend on the image size. The
+    paper's KL weight of 1e-6 multiplies a sum beside a sum over pixels: that ratio is kept.
+
+    Attributes:
+        l1: Weight of the mean absolute error.
+        l2: Weight of the mean squared error.
+        pooled_l1: Weight of the mean absolute error of 4x4 averages, which holds colours in place.
+        perceptual: Weight of the perceptual distance.
+        kl: Weight of the summed KL divergence per pixel value; only KL.
+        codebook: Weight of the vector quantiser's loss; only VQ.
+    """
+
+    l1: float = Field(1.0, ge=0)
+    l2: float = Field(0.0, ge=0)
+    pooled_l1: float = Field(0.0, ge=0)
+    perceptual: float = Field(1.0, ge=0)
+    kl: float = Field(1e-6, ge=0)
+    codebook: float = Field(1.0, ge=0)
+    perceptual_network: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig | None = AdversarialConfig()
+
+
+class AutoencoderRecipe(_RecipeBase):
+    """How to train a first stage (paper, section 3.1)."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    model: Annotated[AutoencoderKLConfig | VQModelConfig, Field(discriminator="kind")]
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    normalization: Literal["scalar", "channel"] = Field(
+        "scalar", description="the paper's one scale factor, or mean and std per latent channel"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AutoencoderRecipe":
+        if self.model.kind == "vq" and self.normalization == "channel":
+            raise ValueError("normalization: 'channel' is for KL first stages, not for vq")
+        if self.data.resolution % self.model.factor:
+            raise ValueError(
+                f"data.resolution {self.data.resolution} is not divisible by the autoencoder's"
+                f" f = {self.model.factor}"
+            )
+        return self
+
+
+class TrainedFirstStage(Config):
+    """A first stage that is trained: by another recipe (first, if need be), or found on disk.
+
+    Attributes:
+        recipe: Name or path of an autoencoder recipe; trained into the run folder.
+        path: A run folder of an autoencoder, or a component folder.
+    """
+
+    kind: Literal["trained"] = "trained"
+    recipe: str | None = None
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "TrainedFirstStage":
+        if (self.recipe is None) == (self.path is None):
+            raise ValueError("exactly one of recipe and path is required")
+        return self
+
+
+EncodedFirstStage = Annotated[
+    TrainedFirstStage | IdentityFirstStageConfig, Field(discriminator="kind")
+]
+
+
+class UnconditionalConfig(Config):
+    """No condition at all."""
+
+    kind: Literal["none"] = "none"
+
+
+class DiffusionRecipe(_RecipeBase):
+    """How to train a latent diffusion model (paper, section 3.2 and 3.3).
+
+    Attributes:
+        first_stage: E and D, frozen.
+        unet: Shape of epsilon_theta.
+        conditioning: Shape of tau_theta.
+        condition_dropout: Probability with which the condition is replaced by its null, for
+            classifier-free guidance.
+        schedule: Noise schedule and what the network predicts.
+        weighting: ``simple`` (paper, eq. 2) or ``min_snr``.
+        latent_variants: Augmented views per image whose latents are computed once and kept; 0
+            encodes every batch anew.
+        ema_decay: Decay of the average that is sampled from.
+        conditioner_learning_rate: tau_theta's; the UNet's if left out.
+        guidance_scale: Of the sample grids drawn while training.
+    """
+
+    kind: Literal["diffusion"] = "diffusion"
+    first_stage: EncodedFirstStage
+    unet: UNetConfig
+    conditioning: Annotated[
+        TextConditionerConfig | ClassConditionerConfig | UnconditionalConfig,
+        Field(discriminator="kind"),
+    ] = UnconditionalConfig()
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    schedule: ScheduleConfig = ScheduleConfig()
+    weighting: Literal["simple", "min_snr"] = "simple"
+    latent_variants: int = Field(1, ge=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    conditioner_learning_rate: float | None = Field(None, gt=0)
+    guidance_scale: float = Field(3.0, ge=0)
+    sample_steps: int = Field(25, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DiffusionRecipe":
+        wanted = None if self.conditioning.kind == "none" else self.conditioning.width
+        if self.unet.cross_attention_dim != wanted:
+            raise ValueError(
+                f"unet.cross_attention_dim is {self.unet.cross_attention_dim}, but the conditioning"
+                f" gives {'no tokens' if wanted is None else f'tokens of width {wanted}'}"
+            )
+        return self
+
+
+Recipe = AutoencoderRecipe | DiffusionRecipe
