@@ -21,11 +21,17 @@ def write_png(image: Image.Image, request: GenerationRequest, path: Path) -> Non
         image: The picture.
         request: What drew it, with ``resolved`` filled in if it shall be redrawn bit for bit.
         path: A file name; its folder is made if need be.
+
+    Raises:
+        RequestError: If the file cannot be written there.
     """
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(PNG_KEY, json.dumps(request.to_dict(), ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", pnginfo=chunks)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, format="PNG", pnginfo=chunks)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def read_request(path: Path) -> GenerationRequest:

@@ -1,0 +1,51 @@
+"""The command ``mezzotint``: its commands, and what becomes of errors."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import mezzotint
+from mezzotint.cli.demo import demo
+from mezzotint.cli.doctor import doctor
+from mezzotint.cli.replay import replay
+from mezzotint.cli.sample import sample
+from mezzotint.cli.train import train
+from mezzotint.errors import MezzotintError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mezzotint",
+    help="Latent diffusion, whole: train it, run it, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    # a fault of Mezzotint's own shows Python's traceback, which a report can quote
+    pretty_exceptions_enable=False,
+)
+for command in (demo, train, sample, replay, doctor):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mezzotint {mezzotint.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Latent diffusion, whole: train it, run it, measure it."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 2 bad usage or input, 130 interrupted."""
+    try:
+        app()
+    except MezzotintError as error:
+        print(f"mezzotint: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,40 @@
+"""``mezzotint replay``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["replay"]
+
+
+def replay(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG drawn by Mezzotint.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR|FILE.png", help="Default: outputs/"),
+    ] = None,
+) -> None:
+    """Draw a picture again from the request that it holds, and compare the two."""
+    import numpy as np
+    from PIL import Image
+
+    from mezzotint.cli.output import picture_path
+    from mezzotint.cli.progress import progress
+    from mezzotint.generation.generate import replay as redraw
+    from mezzotint.generation.metadata import write_png
+
+    path = picture_path(output, f"{image.stem}-replay")
+    with progress(f"replay {image.name}") as on_progress:
+        drawn = redraw(image, on_progress=on_progress)
+    write_png(drawn.image, drawn.request, path)
+    print(path)
+    with Image.open(image) as file:
+        before = np.asarray(file.convert("RGB"), dtype=np.int16)
+    after = np.asarray(drawn.image.convert("RGB"), dtype=np.int16)
+    if np.array_equal(before, after):
+        print("the same, bit for bit")
+    elif before.shape == after.shape:
+        print(f"differs by up to {np.abs(before - after).max()} of 255")
+    else:
+        print("differs in size")
