@@ -10,6 +10,10 @@ __all__ = ["replay"]
 
 def replay(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG drawn by Mezzotint.")],
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now, if it has moved.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR|FILE.png", help="Default: outputs/"),
@@ -20,13 +24,11 @@ def replay(
     from PIL import Image
 
     from mezzotint.cli.output import picture_path
-    from mezzotint.cli.progress import progress
-    from mezzotint.generation.generate import replay as redraw
     from mezzotint.generation.metadata import write_png
+    from mezzotint.generation.replay import replay as redraw
 
     path = picture_path(output, f"{image.stem}-replay")
-    with progress(f"replay {image.name}") as on_progress:
-        drawn = redraw(image, on_progress=on_progress)
+    drawn = redraw(image, model=model, device=device)
     write_png(drawn.image, drawn.request, path)
     print(path)
     with Image.open(image) as file:

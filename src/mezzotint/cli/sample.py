@@ -29,6 +29,9 @@ def sample(
         str | None, typer.Option(help="leading, trailing, linspace or karras.")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Fresh noise of ddim and its kin: 0 none, 1 as ddpm.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="N|WxH", help="In pixels; the model's own by default.")
     ] = None,
@@ -43,10 +46,8 @@ def sample(
     """Draw pictures with a model and write them as PNG; each can be replayed."""
     from mezzotint.cli.output import picture_path, slug
     from mezzotint.cli.progress import progress
-    from mezzotint.generation.generate import generate
     from mezzotint.generation.metadata import write_png
     from mezzotint.generation.pipeline import load
-    from mezzotint.generation.request import GenerationRequest
 
     width, height = _size(size)
     asked = {
@@ -57,34 +58,35 @@ def sample(
         "sampler": sampler,
         "spacing": spacing,
         "guidance_scale": guidance_scale,
+        "eta": eta,
         "width": width,
         "height": height,
     }
-    # built before the model loads, so that a mistake shows at once
-    requests = [
-        GenerationRequest.from_dict(_request(prompt, asked)) for prompt in prompts or [None]
-    ]
+    asked = {name: value for name, value in asked.items() if value is not None}
+    wanted = [{"prompt": prompt, **asked} for prompt in prompts] if prompts else [asked]
+    for fields in wanted:
+        _check(fields)
     picture_path(output, "image")
     pipeline = load(model, device=device, precision=precision)
-    for request in requests:
-        with progress(request.prompt or request.class_label or "drawing") as on_progress:
-            images = generate(pipeline, request, batch_size=batch_size, on_progress=on_progress)
+    for fields in wanted:
+        what = str(fields.get("prompt", fields.get("class_label", "image")))
+        with progress(what) as on_progress:
+            images = pipeline.generate(**fields, batch_size=batch_size, on_progress=on_progress)
         for index, drawn in enumerate(images):
-            what = request.prompt if request.prompt is not None else request.class_label
-            name = slug("image" if what is None else str(what))
-            path = picture_path(output, f"{name}-{request.seed + index}")
+            path = picture_path(output, f"{slug(what)}-{drawn.request.seed + index}")
             write_png(drawn.image, drawn.request, path)
             print(path)
 
 
-def _request(prompt: str | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of a request; whatever the user left out is left out."""
-    if prompt is not None:
+def _check(fields: dict[str, Any]) -> None:
+    """Find what no model could draw before a model is loaded, which may take long."""
+    from mezzotint.generation.request import GenerationRequest
+
+    if "prompt" in fields:
         task = "text-to-image"
     else:
-        task = "unconditional" if asked["class_label"] is None else "class-to-image"
-    values = {"task": task, "prompt": prompt, **asked}
-    return {key: value for key, value in values.items() if value is not None}
+        task = "class-to-image" if "class_label" in fields else "unconditional"
+    GenerationRequest.from_dict({"task": task, **fields})
 
 
 def _class_label(text: str | None) -> str | int | None:
