@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
-        >>> keep = torch.tensor([True, True, False, False])
+        >>> keep = torch.tensor([[True, True, False, False]])
         >>> torch.allclose(attend(q, k, v, keep), attend(q, k[:, :, :2], v[:, :, :2]), atol=1e-6)
         True
     """
