@@ -37,7 +37,7 @@ def sample(
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once.")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR|FILE.png", help="Default: outputs/"),
@@ -50,7 +50,7 @@ def sample(
     from mezzotint.generation.pipeline import load
 
     width, height = _size(size)
-    asked = {
+    asked: dict[str, Any] = {
         "class_label": _class_label(class_label),
         "num_images": num_images,
         "seed": seed,
@@ -63,7 +63,7 @@ def sample(
         "height": height,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
-    wanted = [{"prompt": prompt, **asked} for prompt in prompts] if prompts else [asked]
+    wanted = [{**asked, "prompt": prompt} for prompt in prompts] if prompts else [asked]
     for fields in wanted:
         _check(fields)
     picture_path(output, "image")

@@ -29,7 +29,6 @@ class Resolved(Config):
         threads: How many threads of the processor computed.
         batch_size: How many images were drawn at once.
         batch_row: Which of these this is, from 0.
-        batch_row: Which row of that batch this was.
         image_index: Which image of the request this is, from 0; its seed is ``seed + image_index``.
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
@@ -41,7 +40,6 @@ class Resolved(Config):
     device: str
     threads: Count
     batch_size: Count
-    batch_row: Annotated[int, Field(ge=0)]
     batch_row: Annotated[int, Field(ge=0)]
     image_index: Annotated[int, Field(ge=0)]
     mezzotint_version: str
