@@ -63,7 +63,7 @@ def sample(
         "height": height,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
-    wanted = [{**asked, "prompt": prompt} for prompt in prompts] if prompts else [asked]
+    wanted: list[dict[str, Any]] = [{**asked, "prompt": p} for p in prompts or ()] or [asked]
     for fields in wanted:
         _check(fields)
     picture_path(output, "image")

@@ -1,0 +1,46 @@
+# Two commands set everything up: `make demo` and `make test`. Each makes .venv and installs into it
+# what it needs; a second call installs nothing unless the pins or the package's metadata changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# two threads, so that the tests take the same path and time on a laptop and on a server
+TEST_THREADS ?= 2
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-train
+	$(BIN)/mezzotint demo
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache --no-logo
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Mezzotint needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt requirements-reference.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps -r requirements-reference.txt
+	touch $@ $(VENV)/.installed-train
