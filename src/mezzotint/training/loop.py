@@ -14,9 +14,9 @@ from torch import Tensor
 from mezzotint.errors import TrainingError
 from mezzotint.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from mezzotint.training.log import RunLog
-from mezzotint.training.recipe import BudgetConfig, OptimizerConfig, RunConfig
+from mezzotint.training.recipe import BudgetConfig, RunConfig
 
-__all__ = ["Task", "learning_rate_factor", "run_loop"]
+__all__ = ["Task", "run_loop"]
 
 
 class Task(Protocol):
@@ -54,20 +54,6 @@ class Task(Protocol):
     def export(self, folder: Path) -> None:
         """Write the finished model."""
         ...
-
-
-def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
-    """The learning rate at a step, as a share of its peak.
-
-    Args:
-        config: The schedule.
-        step: Steps done before this one.
-        progress: Share of the budget that is spent, in [0, 1).
-    """
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "cosine":
-        return warmup * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return warmup
 
 
 @contextlib.contextmanager

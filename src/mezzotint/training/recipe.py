@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from mezzotint.conditioning.classes import ClassConditionerConfig
 from mezzotint.conditioning.text import TextConditionerConfig
 from mezzotint.config import Config, Document
-from mezzotint.data.base import DataConfig
+from mezzotint.data import DataConfig
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.models.autoencoder import (
     AutoencoderKLConfig,

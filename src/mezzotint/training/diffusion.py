@@ -1,0 +1,226 @@
+"""Training epsilon_theta and tau_theta in the latent space of a frozen first stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.checkpoints.model import save_model
+from mezzotint.conditioning.base import ConditionInputs
+from mezzotint.data.base import ImageData
+from mezzotint.data.latents import LatentCache
+from mezzotint.device import Execution, autocast
+from mezzotint.diffusion.loss import diffusion_loss
+from mezzotint.evaluation.grids import image_grid
+from mezzotint.generation.generate import generate_each
+from mezzotint.generation.pipeline import Pipeline
+from mezzotint.latent_diffusion import LatentDiffusion, encode_moments
+from mezzotint.models.autoencoder import AutoencoderKL
+from mezzotint.models.regularizers import DiagonalGaussian
+from mezzotint.rng import SampleNoise, keyed_generator, mix
+from mezzotint.training.autoencoder import to_pixels
+from mezzotint.training.batches import Batches, DataOrder
+from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from mezzotint.training.ema import ExponentialMovingAverage
+from mezzotint.training.optimizer import apply_gradients, build_optimizer, learning_rate_factor
+from mezzotint.training.recipe import DiffusionRecipe
+
+__all__ = ["DiffusionTask"]
+
+_PREVIEWS = 16
+
+
+@dataclass(frozen=True)
+class _Batch:
+    latents: Tensor  # (B, C', h, w) moments if cached, else uint8 images (B, 3, H, W)
+    captions: list[str] | None
+    labels: list[int] | None
+    drop: Tensor  # (B,) bool
+    t: Tensor  # (B,) int64
+    seeds: list[int]
+
+
+class DiffusionTask:
+    """Trains the UNet and the conditioner jointly (paper, eq. 2 and 3).
+
+    Args:
+        recipe: What to train.
+        model: Untrained UNet and conditioner around a trained first stage.
+        data: The images and what is said of them.
+        cache: Their latents, or None to encode every batch anew.
+        execution: Device and precision.
+    """
+
+    def __init__(
+        self,
+        recipe: DiffusionRecipe,
+        model: LatentDiffusion,
+        data: ImageData,
+        cache: LatentCache | None,
+        execution: Execution,
+    ) -> None:
+        self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
+        self.model = model.to(execution.device)
+        if recipe.channels_last:
+            self.model.unet.to(memory_format=torch.channels_last)
+        self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
+        rate = recipe.optimizer.learning_rate
+        groups: list[dict[str, Any]] = [{"params": list(model.unet.parameters()), "lr": rate}]
+        if conditioner := list(model.conditioner.parameters()):
+            own = recipe.conditioner_learning_rate or rate
+            groups.append({"params": conditioner, "lr": own})
+        self.optimizer = build_optimizer(groups, recipe.optimizer)
+        self.ema = ExponentialMovingAverage(self.trained, recipe.ema_decay)
+        self.order = DataOrder(len(data), recipe.seed)
+        self.batches = Batches(self._make_batch)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimizer step sees."""
+        return self.recipe.batch_size * self.recipe.accumulate
+
+    def _make_batch(self, step: int) -> _Batch:
+        recipe, model = self.recipe, self.model
+        first = step * self.images_per_step
+        images: list[Tensor] = []
+        captions: list[str] = []
+        labels: list[int] = []
+        drop: list[bool] = []
+        times: list[int] = []
+        seeds: list[int] = []
+        for position in range(first, first + self.images_per_step):
+            index = self.order.index(position)
+            generator = keyed_generator(recipe.seed, 0xDA7A, position)
+            if self.cache is None:
+                example = self.data.load(index, generator)
+                images.append(example.image)
+                caption, label = example.caption, example.label
+            else:
+                views = self.cache.moments.shape[1]
+                view = int(torch.randint(views, (1,), generator=generator))
+                images.append(self.cache.moments[index, view])
+                caption, label = self.data.describe(index, generator)
+            captions.append(caption or "")
+            labels.append(label or 0)
+            drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
+            times.append(
+                int(torch.randint(len(model.schedule.alphas_cumprod), (1,), generator=generator))
+            )
+            seeds.append(mix(recipe.seed, 0x701, position))
+        wants = model.conditioner.wants
+        return _Batch(
+            latents=torch.stack(images),
+            captions=captions if wants == "caption" else None,
+            labels=labels if wants == "label" else None,
+            drop=torch.tensor(drop),
+            t=torch.tensor(times),
+            seeds=seeds,
+        )
+
+    def _latents(self, batch: Tensor, seeds: list[int]) -> Tensor:
+        """Normalised latents: posterior samples for KL, the latent itself for the others."""
+        first_stage = self.model.first_stage
+        if self.cache is None:
+            with torch.no_grad():
+                batch = encode_moments(first_stage, to_pixels(batch, self.execution.device))
+        batch = batch.to(self.execution.device)
+        if isinstance(first_stage, AutoencoderKL):
+            batch = DiagonalGaussian(batch).sample(SampleNoise([mix(s, 1) for s in seeds]))
+        return self.model.normalization.normalize(batch)
+
+    def train_step(self, step: int, progress: float) -> Mapping[str, Tensor | float]:
+        """Do one optimizer step of UNet and conditioner together."""
+        recipe = self.recipe
+        torch.manual_seed(mix(recipe.seed, step))  # dropout
+        factor = learning_rate_factor(recipe.optimizer, step, progress)
+        self.model.train()
+        batch = self.batches.get(step)
+        total: Tensor | float = 0.0
+        for start in range(0, self.images_per_step, recipe.batch_size):
+            part = slice(start, start + recipe.batch_size)
+            loss = self._loss(batch, part).mean() / recipe.accumulate
+            loss.backward()
+            total = total + loss.detach()
+        norm = apply_gradients(self.optimizer, recipe.optimizer, factor)
+        self.ema.update()
+        rate = recipe.optimizer.learning_rate * factor
+        return {"loss": total, "gradient_norm": norm, "learning_rate": rate}
+
+    def _loss(self, batch: _Batch, part: slice) -> Tensor:
+        device = self.execution.device
+        seeds = batch.seeds[part]
+        z = self._latents(batch.latents[part], seeds)
+        noise = SampleNoise(seeds).normal(z.shape[1:]).to(device)
+        inputs = ConditionInputs(
+            count=len(seeds),
+            captions=None if batch.captions is None else batch.captions[part],
+            labels=None if batch.labels is None else batch.labels[part],
+        )
+        with autocast(self.execution):
+            cond = self.model.conditioner(inputs, batch.drop[part])
+            return diffusion_loss(
+                self.model.predict,
+                self.model.schedule,
+                z,
+                batch.t[part].to(device),
+                noise,
+                cond,
+                weighting=self.recipe.weighting,
+            )
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return everything that a resumed run needs."""
+        normalization = self.model.normalization
+        tensors = {
+            "weights": dict(self.trained.state_dict()),
+            "ema": self.ema.state_dict(),
+            "optimizer": flatten_optimizer(self.optimizer),
+            "normalization": {"mean": normalization.mean, "std": normalization.std},
+        }
+        return tensors, {}
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Take back what `state` gave."""
+        tensors = checkpoint.tensors
+        self.trained.load_state_dict(tensors["weights"])
+        self.ema.load_state_dict(tensors["ema"])
+        restore_optimizer(self.optimizer, tensors["optimizer"])
+
+    def draw_samples(self, path: Path) -> None:
+        """Draw the first captions or classes with the averaged weights."""
+        recipe = self.recipe
+        pipeline = Pipeline(self.model, self.execution, recipe.name)
+        pipeline.model_hash = "training"  # the weights move: a hash of them would mean nothing
+        common = {
+            "steps": recipe.sample_steps,
+            "spacing": "trailing",
+            "guidance_scale": recipe.guidance_scale,
+        }
+        labels: list[str] = []
+        requests = []
+        for k in range(_PREVIEWS):
+            caption, label = self.data.describe(k % len(self.data), None)
+            fields: dict[str, Any] = {**common, "seed": k}
+            if self.model.conditioner.wants == "caption":
+                fields["prompt"] = caption or ""
+            elif self.model.conditioner.wants == "label":
+                names = self.data.class_names or ()
+                fields["class_label"] = label = k % len(names)
+                caption = names[label]
+            labels.append(caption or "")
+            requests.append(pipeline.request(**fields))
+        with self.ema.applied():
+            drawn = generate_each(pipeline, requests)
+        sheet = image_grid([d.image for d in drawn], columns=8, labels=labels)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+
+    def export(self, folder: Path) -> None:
+        """Write the model with the averaged weights."""
+        self.batches.close()
+        with self.ema.applied():
+            self.model.eval()
+            save_model(self.model, folder)

@@ -1,0 +1,57 @@
+"""AdamW as a recipe says it: learning rate over time, clipping."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.training.recipe import OptimizerConfig
+
+__all__ = ["apply_gradients", "build_optimizer", "learning_rate_factor"]
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
+    """The learning rate at a step, as a share of its peak.
+
+    Args:
+        config: The schedule.
+        step: Steps done before this one.
+        progress: Share of the budget that is spent, in [0, 1).
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "cosine":
+        return warmup * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return warmup
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Build AdamW; each group's ``lr`` is kept as its peak under ``peak``."""
+    for group in groups:
+        group["peak"] = group["lr"]
+    return torch.optim.AdamW(
+        groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, factor: float
+) -> Tensor:
+    """Clip, step and clear.
+
+    Args:
+        optimizer: From `build_optimizer`, gradients accumulated.
+        config: Says where to clip.
+        factor: Share of the peak learning rate.
+
+    Returns:
+        The global gradient norm before clipping.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = config.gradient_clip if config.gradient_clip is not None else math.inf
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

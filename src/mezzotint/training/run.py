@@ -1,0 +1,281 @@
+"""From a recipe to a run folder with a trained model in it."""
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.conditioning.base import Conditioner, Unconditional
+from mezzotint.conditioning.classes import ClassConditioner
+from mezzotint.conditioning.text import TextConditioner, train_tokenizer
+from mezzotint.config import apply_overrides, read_yaml, to_yaml
+from mezzotint.data import ImageData, open_data
+from mezzotint.data.latents import LatentCache, build_latent_cache
+from mezzotint.device import Execution, select_device, select_precision
+from mezzotint.errors import ConfigError, DataError, TrainingError, nearest
+from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.models.autoencoder import IdentityFirstStage
+from mezzotint.models.unet import UNet
+from mezzotint.rng import mix
+from mezzotint.training.autoencoder import AutoencoderTask
+from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
+from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.log import RunLog
+from mezzotint.training.loop import Task, run_loop
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
+
+__all__ = ["load_recipe", "recipe_names", "train"]
+
+_KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe]] = {
+    "autoencoder": AutoencoderRecipe,
+    "diffusion": DiffusionRecipe,
+}
+# what may differ between a run and its continuation without making it another run
+_CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    folder = resources.files("mezzotint").joinpath("recipes")
+    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: A path to a YAML file, or the name of a shipped recipe.
+        overrides: Each ``dotted.key=value``.
+
+    Raises:
+        ConfigError: If there is no such recipe, or a key or value is wrong; all of them at once.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        names = recipe_names()
+        if str(recipe) not in names:
+            raise ConfigError(
+                f"{recipe}: no such recipe file, and no shipped recipe of this name;"
+                f" {nearest(str(recipe), names)}"
+            )
+        path = Path(str(resources.files("mezzotint").joinpath("recipes", f"{recipe}.yaml")))
+    data = apply_overrides(read_yaml(path), overrides)
+    kind = data.get("kind")
+    if kind not in _KINDS:
+        given = "missing" if kind is None else f"{kind!r}"
+        raise ConfigError(f"{path}: kind is {given}; {nearest(str(kind), _KINDS)}")
+    return _KINDS[str(kind)].from_dict(data, str(recipe))
+
+
+def train(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Path:
+    """Train what a recipe says.
+
+    Args:
+        recipe: A recipe, a path to one, or the name of a shipped one.
+        overrides: Each ``dotted.key=value``; only for a path or a name.
+        output: The run folder; by default ``runs/<name of the recipe>``.
+        resume: Go on from the newest whole checkpoint of the run folder.
+        device: ``auto``, ``cpu``, ``cuda``, …
+        console: Where progress is shown.
+
+    Returns:
+        The run folder; the trained model is in its ``model/``.
+
+    Raises:
+        ConfigError: If the recipe is wrong, or does not fit the run that is to be resumed.
+        DataError: If the data cannot be read.
+        TrainingError: If the run cannot start or go on.
+        KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is saved.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        recipe = type(recipe).from_dict(apply_overrides(recipe.to_dict(), overrides))
+    folder = Path(output) if output is not None else Path("runs") / recipe.name
+    execution = select_precision(recipe.precision, select_device(device))
+    data = open_data(recipe.data)
+    _claim(folder, recipe, resume)
+    log = RunLog(folder, recipe.name, console or Console())
+    try:
+        for reason in execution.reasons:
+            log.event(reason)
+        log.event(f"{len(data):,} images")
+        for fault in data.faults:
+            log.event(f"skipped {fault.name}: {fault.reason}")
+        if isinstance(recipe, AutoencoderRecipe):
+            task: Task = AutoencoderTask(recipe, data, execution)
+        else:
+            task = _diffusion_task(recipe, data, execution, folder, resume, device, log)
+        checkpoint, damaged = newest_checkpoint(folder / "checkpoints")
+        for sentence in damaged:
+            log.event(f"passed by a damaged checkpoint: {sentence}")
+        run_loop(
+            task,
+            folder=folder,
+            budget=recipe.budget,
+            run=recipe.run,
+            log=log,
+            checkpoint=checkpoint,
+        )
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        log.close()
+    return folder
+
+
+def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the run folder the recipe's, or refuse it."""
+    record = folder / "recipe.yaml"
+    if record.is_file() and resume:
+        stored = read_yaml(record)
+        different = _differences(stored, recipe.to_dict())
+        if different:
+            raise ConfigError(
+                f"{folder}: this run was begun with other values of {', '.join(different)};"
+                " go on with the same ones, or start anew with another --output"
+            )
+    elif list_checkpoints(folder / "checkpoints") or (folder / "model").exists():
+        if not resume:
+            raise TrainingError(
+                f"{folder}: already holds a run; go on with it by --resume, or choose another"
+                " --output"
+            )
+        raise TrainingError(f"{record}: missing, so this run cannot be resumed")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(to_yaml(recipe), encoding="utf-8")
+        temporary.replace(record)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be written: {error}") from None
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, those aside that may."""
+    different: list[str] = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        if not prefix and key in _CHANGEABLE:
+            continue
+        mine, theirs = stored.get(key), wanted.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            different += _differences(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            different.append(f"{prefix}{key}")
+    return different
+
+
+def _diffusion_task(
+    recipe: DiffusionRecipe,
+    data: ImageData,
+    execution: Execution,
+    folder: Path,
+    resume: bool,
+    device: str,
+    log: RunLog,
+) -> DiffusionTask:
+    if recipe.conditioning.kind == "text" and data.describe(0)[0] is None:
+        raise DataError(
+            "the recipe's conditioning is text, but the images have no captions: give"
+            " data.caption_column, or use conditioning.kind=class or none"
+        )
+    if recipe.conditioning.kind == "class" and data.class_names is None:
+        raise DataError(
+            "the recipe's conditioning is class, but the images have no classes: give them"
+            " sub-folders or data.class_column, or use conditioning.kind=none"
+        )
+    first_stage, normalization = _first_stage(recipe, folder, resume, device, log)
+    first_stage = first_stage.to(execution.device)
+    factor = first_stage.factor
+    if recipe.data.resolution % factor:
+        raise ConfigError(
+            f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
+            f" f = {factor}"
+        )
+    conditioner = _conditioner(recipe, data, folder)
+    cache: LatentCache | None = None
+    if recipe.latent_variants:
+        log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
+        cache = build_latent_cache(
+            data,
+            first_stage,
+            variants=recipe.latent_variants,
+            seed=recipe.seed,
+            folder=folder / "latents",
+            device=execution.device,
+        )
+    torch.manual_seed(mix(recipe.seed, 0x1217))
+    model = LatentDiffusion(
+        first_stage,
+        UNet(recipe.unet),
+        conditioner,
+        recipe.schedule,
+        normalization,
+        (recipe.data.resolution, recipe.data.resolution),
+    )
+    return DiffusionTask(recipe, model, data, cache, execution)
+
+
+def _first_stage(
+    recipe: DiffusionRecipe, folder: Path, resume: bool, device: str, log: RunLog
+) -> tuple[FirstStage, LatentNormalization]:
+    """Load the first stage with the statistics of its latents; train it first if need be."""
+    config = recipe.first_stage
+    if not isinstance(config, TrainedFirstStage):
+        return IdentityFirstStage(config), LatentNormalization.from_scale_factor(1.0)
+    if config.path is not None:
+        path = Path(config.path)
+        for candidate in (path, path / "vae", path / "model" / "vae"):
+            if (candidate / "config.json").is_file():
+                return load_first_stage(candidate)
+        raise ConfigError(
+            f"first_stage.path: {path}: no autoencoder here; expected a finished autoencoder run,"
+            " a model folder or a component folder with config.json"
+        )
+    assert config.recipe is not None
+    stage = folder / "first_stage"
+    if not (stage / "model" / "vae" / "config.json").is_file():
+        first = load_recipe(config.recipe)
+        train(first, output=stage, resume=resume, device=device, console=log.console)
+    return load_first_stage(stage / "model" / "vae")
+
+
+def _conditioner(recipe: DiffusionRecipe, data: ImageData, folder: Path) -> Conditioner:
+    config = recipe.conditioning
+    torch.manual_seed(mix(recipe.seed, 0xC0D))
+    if config.kind == "text":
+        return TextConditioner(config, _tokenizer(data, config.vocab_size, folder))
+    if config.kind == "class":
+        assert data.class_names is not None
+        if not config.class_names:
+            config = config.model_copy(update={"class_names": data.class_names})
+        return ClassConditioner(config)
+    return Unconditional()
+
+
+def _tokenizer(data: ImageData, vocab_size: int, folder: Path) -> Tokenizer:
+    """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        captions = {data.describe(k)[0] or "" for k in range(len(data))}
+        for k in range(len(data)):
+            for variant in range(8):
+                generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
+                captions.add(data.describe(k, generator)[0] or "")
+        temporary = path.with_suffix(".tmp")
+        train_tokenizer(captions, vocab_size).save(str(temporary))
+        temporary.replace(path)
+    return Tokenizer.from_file(str(path))

@@ -1,0 +1,80 @@
+"""Checkpoints are whole or not at all."""
+
+import pytest
+import torch
+
+from mezzotint.errors import CheckpointError
+from mezzotint.training.checkpoint import (
+    flatten_optimizer,
+    list_checkpoints,
+    newest_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+
+def save(folder, step):
+    return save_checkpoint(folder, step, {"w": {"a": torch.full((4,), float(step))}}, {"s": step})
+
+
+def test_round_trip(tmp_path):
+    save(tmp_path, 7)
+    checkpoint, damaged = newest_checkpoint(tmp_path)
+    assert damaged == []
+    assert checkpoint.step == 7 and checkpoint.values == {"s": 7}
+    assert torch.equal(checkpoint.tensors["w"]["a"], torch.full((4,), 7.0))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 10, 9):
+        save(tmp_path, step)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-9", "step-10"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    file = newest / ("state.json" if damage == "state" else "w.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    checkpoint, sentences = newest_checkpoint(tmp_path)
+    assert checkpoint.step == 1
+    assert len(sentences) == 1 and str(newest) in sentences[0]
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    (save(tmp_path, 1) / "w.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="No whole checkpoint is left"):
+        newest_checkpoint(tmp_path)
+
+
+def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".step-2.99.tmp").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-1"]
+
+
+def test_optimizer_state_continues_exactly():
+    def run(steps, optimizer, parameter, start=0):
+        for k in range(start, start + steps):
+            parameter.grad = torch.sin(torch.arange(5.0) + k)
+            optimizer.step()
+
+    whole = torch.nn.Parameter(torch.zeros(5))
+    run(10, torch.optim.AdamW([whole], lr=0.1), whole)
+
+    first = torch.nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.AdamW([first], lr=0.1)
+    run(6, optimizer, first)
+    second = torch.nn.Parameter(first.detach().clone())
+    resumed = torch.optim.AdamW([second], lr=0.1)
+    restore_optimizer(resumed, flatten_optimizer(optimizer))
+    run(4, resumed, second, start=6)
+    assert torch.equal(whole, second)
