@@ -1,0 +1,194 @@
+"""One component of a model on disk: ``config.json`` and its weights in safetensors.
+
+The format is that of the public diffusers checkpoints, read strictly and written whole or not at
+all.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mezzotint.checkpoints.layouts import config_to_layout, layout_to_config
+from mezzotint.config import Config
+from mezzotint.errors import CheckpointError
+from mezzotint.models.weights import read_state_dict
+
+__all__ = [
+    "load_component",
+    "load_state_strictly",
+    "read_component_config",
+    "save_component",
+    "write_atomically",
+]
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# the projections of plain attention blocks in folders of before 2023
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def save_component(
+    module: nn.Module, folder: Path | str, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a UNet or a first stage as a component folder.
+
+    Args:
+        module: Has a ``config`` that `mezzotint.checkpoints.layouts` knows.
+        folder: Made if need be. What is there stays whole until the new files are.
+        extra: More keys for ``config.json``, such as ``scaling_factor``.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    folder = Path(folder)
+    keys = config_to_layout(cast(Config, module.config)) | dict(extra or {})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    with _whole_or_not(folder / WEIGHTS) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
+    write_atomically(folder / CONFIG, (json.dumps(keys, indent=2) + "\n").encode())
+
+
+def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Read a component folder.
+
+    Args:
+        folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+        dtype: Of the weights in memory; float32 if not given, whatever they are on disk.
+
+    Returns:
+        A `UNet`, `AutoencoderKL`, `VQModel` or `IdentityFirstStage` in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, the configuration says what we cannot
+            build, or a tensor is missing, unexpected or of the wrong shape.
+    """
+    folder = Path(folder)
+    layout, config = layout_to_config(read_component_config(folder), str(folder / CONFIG))
+    path = folder / WEIGHTS
+    if not path.is_file():
+        others = sorted(p.name for p in folder.glob("*.safetensors")) or ["no safetensors file"]
+        raise CheckpointError(f"{path}: no such file; there is {', '.join(others)}")
+    tensors = {_modern(k): v.to(dtype or torch.float32) for k, v in read_state_dict(path).items()}
+    with torch.device("meta"):  # no time lost on random weights that are overwritten
+        module = layout.build(config)
+    load_state_strictly(module, tensors, path)
+    _fill_unsaved_buffers(module)
+    return module.eval()
+
+
+def read_component_config(folder: Path | str) -> dict[str, Any]:
+    """Return the keys of a component's ``config.json`` as they stand there.
+
+    Raises:
+        CheckpointError: If the file is missing or is not a JSON object.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a component folder has one") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return cast(dict[str, Any], data)
+
+
+def load_state_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load weights that must be exactly those of a module.
+
+    Args:
+        module: On the meta device it takes the tensors over, elsewhere it copies them.
+        tensors: By name.
+        source: What an error calls their file.
+
+    Raises:
+        CheckpointError: Naming what is missing, unexpected or of the wrong shape.
+    """
+    wanted = module.state_dict()
+    parts: list[str] = []
+    if missing := [name for name in wanted if name not in tensors]:
+        parts.append(f"missing {_some(missing)}")
+    if unexpected := [name for name in tensors if name not in wanted]:
+        parts.append(f"unexpected {_some(unexpected)}")
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} where {tuple(expected.shape)} was expected"
+        for name, expected in wanted.items()
+        if name in tensors and tensors[name].shape != expected.shape
+    ]
+    if wrong:
+        parts.append(f"wrong shape {_some(wrong)}")
+    if parts:
+        raise CheckpointError(
+            f"{source}: does not fit its {type(module).__name__}: {'; '.join(parts)}"
+        )
+    module.load_state_dict(tensors, assign=any(t.is_meta for t in wanted.values()))
+
+
+def _some(names: list[str], shown: int = 4) -> str:
+    rest = len(names) - shown
+    return (
+        f"({len(names)}): " + ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    )
+
+
+def _modern(name: str) -> str:
+    if ".attentions." not in name:
+        return name
+    return ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
+
+
+def _fill_unsaved_buffers(module: nn.Module) -> None:
+    """Give memory to the buffers that are no weights; all of them are counts that begin at 0."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(part, name, torch.zeros_like(buffer, device="cpu"))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that whoever reads it finds the old one whole, or the new one.
+
+    Args:
+        path: Its folder is made if need be.
+        data: The content.
+
+    Raises:
+        CheckpointError: If it cannot be written, for example on a full disk; what stood there
+            before is as it was.
+    """
+    with _whole_or_not(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Generator[Path]:
+    """Offer a temporary path; afterwards it is on the disk, and bears the right name."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _synchronise(temporary)
+        temporary.replace(path)
+        _synchronise(path.parent)  # the new name itself must survive a power cut
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
