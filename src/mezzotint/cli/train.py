@@ -22,8 +22,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")
     ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
     """Train an autoencoder or a diffusion model from a recipe."""
     from mezzotint.training.run import train as run
 
-    print(run(recipe, overrides=overrides or (), output=output, resume=resume))
+    print(run(recipe, overrides=overrides or (), output=output, resume=resume, device=device))
