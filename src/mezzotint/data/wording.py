@@ -22,7 +22,7 @@ _UNCOUNTED = {
     "fog", "garlic", "ginger", "ice", "lightning", "milk", "money", "oden", "people", "popcorn",
     "rain", "rice", "sake", "salt", "snow", "spaghetti", "sushi", "tennis", "wood",
 }  # fmt: skip
-_AN = re.compile(r"[aeio]|u(?!ni[^mn]|se|ti|k)|hour|x-", re.IGNORECASE)
+_AN = re.compile(r"[aeio8]|u(?!ni[^mn]|se|ti|k)|hour|x-", re.IGNORECASE)
 _YET_A = re.compile(r"eu|one\b|once", re.IGNORECASE)
 _SPOKEN_AN = frozenset("AEFHILMNORSX")  # letters whose names begin with a vowel
 
