@@ -337,6 +337,15 @@ def test_nothing_is_written_into_the_folder_or_home(
     assert list(home.rglob("*")) == []
 
 
+def test_nothing_is_asked_of_the_network(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*address: object) -> None:
+        pytest.fail(f"asked for {address}")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert len(open_folder(classes)) == 12
+
+
 def test_without_datasets_the_extra_is_named(
     classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

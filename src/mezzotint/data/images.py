@@ -215,15 +215,13 @@ def _read_folder(root: Path) -> _Table:
     if not any(os.path.splitext(name)[1].lower() in extensions for name in files):
         raise DataError(f"{root}: no images in this folder (.jpg, .png, .webp and others are read)")
     try:
-        # as a stream it writes no table; only a lock file goes into the cache folder
+        # As a stream it writes no table; only a lock file goes into the cache folder. The builder
+        # is called by itself because load_dataset("imagefolder") reports each use over the network.
         with tempfile.TemporaryDirectory() as cache:
-            stream: Any = datasets.load_dataset(
-                "imagefolder",
-                data_files={"train": glob.escape(str(root.absolute())) + "/**"},
-                split="train",
-                streaming=True,
-                cache_dir=cache,
+            builder: Any = ImageFolder(
+                data_files={"train": glob.escape(str(root.absolute())) + "/**"}, cache_dir=cache
             )
+            stream: Any = builder.as_streaming_dataset(split="train")
             features: Any = stream.features
             rows = list(stream.cast_column("image", datasets.Image(decode=False)))
     except (ValueError, KeyError, OSError, DatasetsError) as error:
