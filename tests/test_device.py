@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from mezzotint import device as device_module
+from mezzotint.device import (
+    autocast,
+    bf16_instructions,
+    memory_total,
+    precision_name,
+    select_device,
+    select_precision,
+    threads,
+)
+from mezzotint.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def linux_flags() -> frozenset[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next((x for x in lines if x.startswith("flags")), "").split())
+
+
+def test_auto_is_the_processor_unless_torch_can_use_cuda() -> None:
+    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gpu", r"device 'gpu': did you mean 'cpu'\? Choose from: auto, cpu, cuda, mps"),
+        ("cuda:99", r"device 'cuda:99': torch .* can use \d+ CUDA devices here; choose cpu"),
+        ("cpu:x", r"device 'cpu:x': expected a name such as cpu, cuda or cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        select_device(name)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists the instructions")
+def test_bf16_instructions_are_those_that_the_system_lists() -> None:
+    flags = linux_flags()
+    expected = {"AMX": "amx_bf16" in flags, "AVX512_BF16": "avx512_bf16" in flags}
+    assert {n: n in bf16_instructions() for n in expected} == expected
+
+
+def test_without_torch_s_word_linux_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(device_module, "_CPUINFO", cpuinfo)
+    assert bf16_instructions() == ()
+    cpuinfo.write_text("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n")
+    assert bf16_instructions() == ("AVX512_BF16",)
+
+
+@pytest.mark.parametrize("names", [(), ("AMX",), ("AMX", "AVX512_BF16")])
+def test_auto_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(device_module, "bf16_instructions", lambda: names)
+    execution = select_precision("auto", CPU)
+    assert execution.precision is (torch.bfloat16 if names else torch.float32)
+    assert all(name in execution.reasons[1] for name in names)
+    asked = select_precision("bfloat16", CPU)
+    assert asked.precision is torch.bfloat16
+    assert ("emulated" in asked.reasons[1]) is (not names)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("bf16", r"precision 'bf16': did you mean 'bfloat16'\? Choose from: auto, bfloat16"),
+        ("float16", "a processor trains and draws in float32 or bfloat16"),
+    ],
+)
+def test_a_precision_that_is_not_to_be_had_is_refused(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        select_precision(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_autocast_computes_in_the_chosen_precision(name: str) -> None:
+    execution = select_precision(name, CPU)
+    with autocast(execution):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype is execution.precision
+    assert precision_name(product.dtype) == name
+
+
+def test_memory_is_no_more_than_a_container_s_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(device_module, "_CGROUP_LIMITS", (limit, tmp_path / "none"))
+    whole = memory_total()
+    assert whole > 2**28
+    limit.write_text("max\n")
+    assert memory_total() == whole
+    limit.write_text(f"{2**27}\n")
+    assert memory_total(CPU) == 2**27
+
+
+def test_threads_are_torch_s() -> None:
+    assert threads() == torch.get_num_threads()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_tells_its_name_memory_and_precision() -> None:
+    execution = select_precision("auto", select_device("cuda"))
+    assert torch.cuda.get_device_name() in execution.reasons[0]
+    assert memory_total(execution.device) > 2**28
+    with autocast(execution):
+        x = torch.ones(2, 2, device="cuda")
+        assert (x @ x).dtype is execution.precision

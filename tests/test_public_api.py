@@ -1,0 +1,52 @@
+"""The public surface, frozen: what is written here may be added to, but not changed in passing."""
+
+import subprocess
+import sys
+
+import pytest
+
+import mezzotint
+
+
+def test_the_names_that_the_package_offers() -> None:
+    assert set(mezzotint.__all__) == {
+        "GenerationRequest",
+        "MezzotintError",
+        "Pipeline",
+        "__version__",
+        "checkpoints",
+        "generate",
+        "load",
+        "models",
+        "train",
+    }
+    assert dir(mezzotint) == sorted(mezzotint.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(mezzotint.__all__))
+def test_each_of_them_is_there(name: str) -> None:
+    value = getattr(mezzotint, name)
+    assert getattr(value, "__name__", name).rpartition(".")[2] in (name, "0.1.0")
+
+
+def test_the_networks_are_offered_beside_their_configs() -> None:
+    for name in ("UNet", "AutoencoderKL", "VQModel", "IdentityFirstStage"):
+        assert callable(getattr(mezzotint.models, name))
+        assert callable(getattr(mezzotint.models, f"{name}Config"))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'mezzotint' has no attribute 'diffuse'"):
+        mezzotint.diffuse  # noqa: B018  # pyright: ignore
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert version("mezzotint") == mezzotint.__version__
+
+
+@pytest.mark.parametrize("statement", ["import mezzotint", "import mezzotint.cli.main"])
+def test_import_does_not_import_torch(statement: str) -> None:
+    code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
