@@ -1,0 +1,76 @@
+"""What training minimises."""
+
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from mezzotint.diffusion.denoiser import Network
+from mezzotint.diffusion.schedule import NoiseSchedule
+
+__all__ = ["Weighting", "diffusion_loss", "loss_weight"]
+
+C = TypeVar("C")
+Weighting = Literal["simple", "min_snr"]
+
+
+def loss_weight(
+    schedule: NoiseSchedule, t: Tensor, weighting: Weighting, gamma: float = 5.0
+) -> Tensor:
+    """Return the weight of the squared error at each time.
+
+    ``simple`` is 1, equation 14 of Ho et al. (arXiv 2006.11239). ``min_snr`` weighs the squared
+    error of the *image* by min(SNR, gamma) (Hang et al., arXiv 2303.09556, section 3.4). A
+    network's own error is SNR times that for the noise and SNR + 1 times that for the velocity,
+    so for these the weight is divided by as much.
+
+    Args:
+        schedule: The noise schedule, which also says what the network predicts.
+        t: ``(B,)`` times.
+        weighting: Which of the two.
+        gamma: The cap of ``min_snr``.
+
+    Returns:
+        ``(B,)`` float32.
+    """
+    snr = schedule.snr(t)
+    if weighting == "simple":
+        return snr.new_ones(snr.shape)
+    capped = snr.clamp(max=gamma)
+    match schedule.prediction_type:
+        case "epsilon":
+            return capped / snr
+        case "v_prediction":
+            return capped / (snr + 1)
+        case "sample":
+            return capped
+
+
+def diffusion_loss(
+    network: Network[C],
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    cond: C,
+    *,
+    weighting: Weighting = "simple",
+    gamma: float = 5.0,
+) -> Tensor:
+    """Return the weighted squared error of one prediction per sample.
+
+    Args:
+        network: ``(x_vp, t, cond) -> prediction``.
+        schedule: The noise schedule, which also says what the network predicts.
+        x0: ``(B, C, H, W)`` normalised latents or images.
+        t: ``(B,)`` integer times.
+        noise: Standard normal, of the shape of ``x0``.
+        cond: What the network is told, as a batch of B.
+        weighting: How times are weighed; see `loss_weight`.
+        gamma: The cap of ``min_snr``.
+
+    Returns:
+        ``(B,)`` float32: the mean over each sample's elements, to be averaged by the caller.
+    """
+    prediction = network(schedule.add_noise(x0, noise, t), t, cond).float()
+    error = (prediction - schedule.target(x0, noise, t).float()) ** 2
+    return error.flatten(1).mean(1) * loss_weight(schedule, t, weighting, gamma)

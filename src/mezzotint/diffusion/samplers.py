@@ -1,0 +1,151 @@
+"""From noise to an image: samplers are pure functions, and these are their names.
+
+Each is ``(denoise, x, sigmas, rng, *, callback=None, **options) -> x`` and knows neither network
+nor model. The state ``x = x0 + sigma * eps`` is variance-exploding and float32 or better; step i
+goes from ``sigmas[i]`` to ``sigmas[i + 1]``. If the last level is above 0 the result is
+``x / sqrt(1 + sigma**2)``, as samplers that preserve variance leave it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from mezzotint.diffusion.multistep import dpmpp_2m, plms
+from mezzotint.diffusion.schedule import Grid, NoiseSchedule, Spacing
+from mezzotint.diffusion.single_step import Callback, Denoise, NoiseSource, euler, heun
+from mezzotint.errors import RequestError, nearest
+
+__all__ = [
+    "SAMPLERS",
+    "Callback",
+    "Denoise",
+    "NoiseSource",
+    "SamplerInfo",
+    "dpmpp_2m",
+    "euler",
+    "get_sampler",
+    "heun",
+    "plms",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerInfo:
+    """A sampler by name: the function, what it is set to, and what may be asked of it.
+
+    Attributes:
+        name: Its name, a key of `SAMPLERS`.
+        function: The pure function, set to what the name stands for.
+        description: One line for people.
+        order: Order of convergence: of the image, or for a stochastic one of its distribution.
+        options: Names of the options that can be given.
+        grid: Conventions of its noise levels.
+        default_spacing: The spacing used when a request names none.
+        calls_per_step: Network calls per step (``plms`` makes one more in the first, ``heun``
+            one fewer in the last).
+        stochastic: Whether it draws noise on the way unless an option says otherwise.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    description: str
+    order: int
+    options: tuple[str, ...] = ()
+    grid: Grid = field(default_factory=Grid)
+    default_spacing: Spacing = "trailing"
+    calls_per_step: int = 1
+    stochastic: bool = False
+
+    def sigmas(self, schedule: NoiseSchedule, steps: int, spacing: Spacing | None = None) -> Tensor:
+        """Return the noise levels ``(steps + 1,)`` that this sampler visits.
+
+        Raises:
+            RequestError: If the number of steps is out of range.
+        """
+        return schedule.sampling_sigmas(steps, spacing or self.default_spacing, self.grid)
+
+
+_K_GRID = Grid(whole=False, to_zero=True)
+_DPM_GRID = Grid(spare=True, to_zero=True)
+
+SAMPLERS: dict[str, SamplerInfo] = {
+    info.name: info
+    for info in (
+        SamplerInfo(
+            name="ddpm",
+            function=partial(euler, eta=1.0),
+            grid=Grid(to_zero=True),
+            order=1,
+            stochastic=True,
+            description="Ho et al. 2020, small fixed variance: many steps, much variety",
+        ),
+        SamplerInfo(
+            name="ddim",
+            function=euler,
+            options=("eta",),
+            order=1,
+            description="Song et al. 2020: deterministic unless eta says otherwise",
+        ),
+        SamplerInfo(
+            name="euler",
+            function=partial(euler, eta=0.0),
+            grid=_K_GRID,
+            order=1,
+            description="Euler's method on the probability flow: the plainest",
+        ),
+        SamplerInfo(
+            name="euler_ancestral",
+            function=partial(euler, eta=1.0),
+            options=("eta",),
+            grid=_K_GRID,
+            order=1,
+            stochastic=True,
+            description="Euler's method with fresh noise at each step",
+        ),
+        SamplerInfo(
+            name="plms",
+            function=plms,
+            options=("multistep",),
+            order=2,
+            description="Liu et al. 2022: linear multistep of order four on DDIM's step",
+        ),
+        SamplerInfo(
+            name="heun",
+            function=heun,
+            grid=_K_GRID,
+            order=2,
+            calls_per_step=2,
+            description="Heun's method: two network calls a step, second order",
+        ),
+        SamplerInfo(
+            name="dpmpp_2m",
+            function=partial(dpmpp_2m, eta=0.0),
+            options=("lower_order_final",),
+            grid=_DPM_GRID,
+            order=2,
+            description="DPM-Solver++ of second order: good pictures in 10 to 25 steps",
+        ),
+        SamplerInfo(
+            name="dpmpp_2m_sde",
+            function=partial(dpmpp_2m, eta=1.0),
+            options=("eta", "lower_order_final"),
+            grid=_DPM_GRID,
+            order=1,
+            stochastic=True,
+            description="DPM-Solver++ of second order with fresh noise at each step",
+        ),
+    )
+}
+
+
+def get_sampler(name: str) -> SamplerInfo:
+    """Look a sampler up.
+
+    Raises:
+        RequestError: If there is none of that name; the message lists those there are.
+    """
+    if name not in SAMPLERS:
+        raise RequestError(f"no sampler {name!r}; {nearest(name, SAMPLERS)}")
+    return SAMPLERS[name]
