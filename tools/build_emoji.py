@@ -34,7 +34,7 @@ PACKAGES = {
 }
 STYLES = ("fluent", "noto")
 SIZE = 128  # pixels of a side
-QUALITY = 95  # of lossy WebP; a lossless picture that is smaller is taken instead
+QUALITY = 92  # of lossy WebP; a lossless picture that is smaller is taken instead
 VALIDATION = 10  # one concept in so many
 DESTINATION = Path("src/mezzotint/assets/emoji")
 
@@ -154,8 +154,9 @@ def rasterise(icon: Icon) -> bytes:
     square = Image.new("RGBA", (SIZE, SIZE))
     square.paste(drawn, ((SIZE - drawn.width) // 2, (SIZE - drawn.height) // 2))
     lossy, lossless = io.BytesIO(), io.BytesIO()
-    square.save(lossy, "webp", quality=QUALITY, method=6)
-    square.save(lossless, "webp", lossless=True, quality=100, method=6)
+    # lossy method 6 takes sixty times as long as 4 and saves two per cent
+    square.save(lossy, "webp", quality=QUALITY, method=4)
+    square.save(lossless, "webp", lossless=True, quality=90, method=6)
     return min(lossless.getvalue(), lossy.getvalue(), key=len)
 
 
