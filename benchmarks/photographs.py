@@ -1,0 +1,147 @@
+"""Both stages on real photographs, against bicubic resampling and against chance.
+
+    python -m benchmarks.photographs FOLDER [--output runs/photographs] [--minutes 20]
+
+FOLDER has ``train`` and ``test``, each with a sub-folder per class. Trains the recipe
+``folder-autoencoder`` and compares its reconstructions of the test photographs with bicubic
+down-and-up by 4; trains ``folder-class`` and asks a classifier, itself trained on the real training
+photographs, what the drawn pictures show.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.data.images import FolderData, FolderDataConfig
+from mezzotint.evaluation.grids import image_grid
+from mezzotint.evaluation.metrics import image_features, psnr
+from mezzotint.generation.generate import to_images
+from mezzotint.generation.pipeline import load
+from mezzotint.latent_diffusion import FirstStage
+from mezzotint.models.features import load_features
+from mezzotint.models.regularizers import DiagonalGaussian
+from mezzotint.training.run import train
+
+PER_CLASS = 20
+
+
+def pixels(data: FolderData) -> tuple[Tensor, Tensor]:
+    """Return all images ``(N, 3, 64, 64)`` in [-1, 1] and their labels ``(N,)``."""
+    examples = [data.load(k) for k in range(len(data))]
+    images = torch.stack([e.image for e in examples]).float() / 127.5 - 1.0
+    return images, torch.tensor([e.label for e in examples])
+
+
+@torch.inference_mode()
+def reconstruct(first_stage: FirstStage, images: Tensor) -> Tensor:
+    """Encode to the posterior's mean and decode."""
+    restored: list[Tensor] = []
+    for part in images.split(32):
+        encoded = first_stage.encode(part)
+        z = encoded.mode() if isinstance(encoded, DiagonalGaussian) else encoded
+        restored.append(first_stage.decode(z).clamp(-1, 1))
+    return torch.cat(restored)
+
+
+def bicubic(images: Tensor, factor: int) -> Tensor:
+    """Down and up again, both bicubic, the first with an antialiasing filter."""
+    height, width = images.shape[-2:]
+    small = F.interpolate(
+        images, (height // factor, width // factor), mode="bicubic", antialias=True
+    )
+    return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
+
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int) -> nn.Module:
+    """Train a linear classifier on MobileNetV2 features of real photographs."""
+    features = load_features("mobilenet-v2")
+    x = image_features(features, images)
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), nn.Linear(x.shape[1], classes))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.5)
+    for _ in range(60):
+        for part in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            F.cross_entropy(head(x[part]), labels[part], label_smoothing=0.1).backward()
+            optimizer.step()
+    return head.eval()
+
+
+@torch.inference_mode()
+def accuracy(head: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images that the classifier puts into their class."""
+    found = head(image_features(load_features("mobilenet-v2"), images)).argmax(1)
+    return float((found == labels).float().mean())
+
+
+def main() -> None:
+    """Train, measure, print, and write grids and ``result.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/photographs"))
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each stage")
+    options = parser.parse_args()
+    console, out = Console(), options.output
+    common = [f"data.path={options.folder}", f"budget.max_minutes={options.minutes}"]
+
+    stage = out / "autoencoder"
+    if not (stage / "model").is_dir():
+        train("folder-autoencoder", common, stage, resume=stage.is_dir(), console=console)
+    test = FolderData(
+        FolderDataConfig(path=str(options.folder), split="test", resolution=64, crop="center")
+    )
+    real, _ = pixels(test)
+    first_stage, _ = load_first_stage(stage / "model" / "vae")
+    restored, resampled = reconstruct(first_stage, real), bicubic(real, 4)
+    ours, theirs = float(psnr(restored, real).mean()), float(psnr(resampled, real).mean())
+    rows = [*to_images(real[:12]), *to_images(restored[:12]), *to_images(resampled[:12])]
+    image_grid(rows, columns=12).save(out / "reconstructions.png")
+    result = {"test_images": len(real), "autoencoder_psnr": ours, "bicubic_psnr": theirs}
+    console.print(f"autoencoder {ours:.2f} dB, bicubic {theirs:.2f} dB: {ours - theirs:+.2f} dB")
+
+    run = out / "diffusion"
+    if not (run / "model").is_dir():
+        overrides = [*common, f"first_stage.path={stage}"]
+        train("folder-class", overrides, run, resume=run.is_dir(), console=console)
+    training = FolderData(
+        FolderDataConfig(path=str(options.folder), split="train", resolution=64, crop="center")
+    )
+    names = training.class_names or ()
+    head = train_classifier(*pixels(training), len(names))
+    pipeline = load(run)
+    drawn = [
+        picture
+        for k, name in enumerate(names)
+        for picture in pipeline.generate(
+            class_label=name,
+            num_images=PER_CLASS,
+            seed=1000 * k,
+            steps=25,
+            spacing="trailing",
+            guidance_scale=3.0,
+        )
+    ]
+    labels = torch.arange(len(names)).repeat_interleave(PER_CLASS)
+    raw = [torch.frombuffer(bytearray(d.image.tobytes()), dtype=torch.uint8) for d in drawn]
+    fakes = torch.stack([r.view(64, 64, 3).permute(2, 0, 1) for r in raw]).float() / 127.5 - 1.0
+    sheet = [drawn[k * PER_CLASS + i] for k in range(len(names)) for i in range(8)]
+    texts = [names[k] for k in range(len(names)) for _ in range(8)]
+    image_grid([d.image for d in sheet], columns=8, labels=texts).save(out / "drawn.png")
+    result |= {
+        "classifier_on_real_test": accuracy(head, *pixels(test)),
+        "classifier_on_drawn": accuracy(head, fakes, labels),
+        "chance": 1 / len(names),
+        "drawn": len(drawn),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(result)
+
+
+if __name__ == "__main__":
+    main()
