@@ -6,6 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Compiling every installed module would take longer than the rest of the installation: the few that
+# are used are compiled at first use, which an environment with this variable would forbid.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(PIP) install --no-compile
+
 # two threads, so that the tests take the same path and time on a laptop and on a server
 TEST_THREADS ?= 2
 
@@ -37,10 +42,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[train]'
+	$(INSTALL) -c constraints.txt -e '.[train]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt requirements-reference.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install --no-deps -r requirements-reference.txt
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps -r requirements-reference.txt
 	touch $@ $(VENV)/.installed-train
