@@ -242,6 +242,18 @@ def test_broken_images_are_skipped_counted_and_named(classes: Path) -> None:
     assert [data.load(k).label for k in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tiff"])
+def test_a_truncated_image_is_not_taken_for_whole(tmp_path: Path, suffix: str) -> None:
+    speckled = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    Image.fromarray(speckled).save(tmp_path / f"one.{suffix}")
+    shutil.copy(tmp_path / f"one.{suffix}", tmp_path / f"two.{suffix}")
+    whole = (tmp_path / f"one.{suffix}").read_bytes()
+    (tmp_path / f"one.{suffix}").write_bytes(whole[: len(whole) * 3 // 4])
+    data = open_folder(tmp_path, max_broken=0.5)
+    assert [fault.name for fault in data.faults] == [f"one.{suffix}"]
+    assert len(data) == 1
+
+
 def test_too_many_broken_images_stop(classes: Path) -> None:
     break_some(classes)
     with pytest.raises(DataError) as error:
@@ -274,6 +286,14 @@ def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(DataError, match="no images in this folder"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("csv", "file_name,text\n"), ("jsonl", "")])
+def test_metadata_without_rows_are_told(captioned: Path, name: str, text: str) -> None:
+    (captioned / "metadata.jsonl").unlink()
+    (captioned / f"metadata.{name}").write_text(text)
+    with pytest.raises(DataError, match="its metadata file names no image"):
+        open_folder(captioned)
 
 
 def test_a_missing_column_is_told_with_those_that_stand(captioned: Path, classes: Path) -> None:

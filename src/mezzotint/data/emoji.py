@@ -354,11 +354,12 @@ class EmojiData:
 def _on_background(view: Image.Image, rgb: tuple[int, int, int]) -> torch.Tensor:
     """Composite premultiplied alpha onto one colour: ``(3, H, W)`` uint8."""
     pixels = np.asarray(view).astype(np.uint16)
-    uncovered = 255 - pixels[..., 3:]
-    mixed = pixels[..., :3] + (uncovered * np.asarray(rgb, np.uint16) + 127) // 255
-    # Lanczos may overshoot, and colour then exceeds its alpha
-    clipped = np.minimum(mixed, 255).astype(np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(clipped.transpose(2, 0, 1)))
+    alpha = pixels[..., 3:]
+    # Lanczos may overshoot, and premultiplied colour would then exceed its alpha
+    colour = np.minimum(pixels[..., :3], alpha)
+    behind = ((255 - alpha) * np.asarray(rgb, np.uint16) + 127) // 255
+    mixed = (colour + behind).astype(np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(mixed.transpose(2, 0, 1)))
 
 
 def _choose(config: EmojiDataConfig) -> tuple[Concept, ...]:

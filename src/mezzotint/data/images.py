@@ -224,8 +224,10 @@ def _read_folder(root: Path) -> _Table:
             stream: Any = builder.as_streaming_dataset(split="train")
             features: Any = stream.features
             rows = list(stream.cast_column("image", datasets.Image(decode=False)))
-    except (ValueError, KeyError, OSError, DatasetsError) as error:
-        raise DataError(f"{root}: {_one_line(error)}") from None
+    except IndexError:  # what the library makes of a metadata file without rows
+        raise DataError(f"{root}: its metadata file names no image") from None
+    except (ValueError, TypeError, KeyError, OSError, DatasetsError) as error:
+        raise DataError(f"{root}: cannot be read as images: {_one_line(error)}") from None
     label = features.get("label")
     classes = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
     return _Table(tuple(features), rows, classes)
@@ -275,7 +277,11 @@ def _class_names(
         return config.classes
     if not found:
         return None
-    if config.split is not None and table.sub_folder_classes and config.class_column is None:
+    if (
+        config.split is not None
+        and table.sub_folder_classes
+        and config.class_column in (None, "label")
+    ):
         # a class that one split lacks must not renumber the others
         siblings = [p for p in root.parent.iterdir() if p.is_dir() and p.name in _SPLITS]
         found |= {p.name for folder in siblings for p in folder.iterdir() if p.is_dir()}
@@ -286,6 +292,8 @@ def _check_faults(
     root: Path, faults: Sequence[Fault], whole: int, config: FolderDataConfig
 ) -> None:
     total = whole + len(faults)
+    if not total:
+        raise DataError(f"{root}: its metadata file names no image")
     if whole and len(faults) <= config.max_broken * total:
         return
     named = ", ".join(f"{fault.name} ({fault.reason})" for fault in faults[:_NAMED])
