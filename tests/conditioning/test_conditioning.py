@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mezzotint.conditioning.base import ConditionInputs, Conditioning, Unconditional
+from mezzotint.conditioning.base import Conditioning, ConditionInputs, Unconditional
 from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
 from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig, train_tokenizer
 from mezzotint.errors import RequestError

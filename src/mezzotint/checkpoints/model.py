@@ -95,9 +95,7 @@ def load_model(folder: Path) -> LatentDiffusion:
     schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
     conditioner = _load_conditioner(folder / "conditioner")
     height, width = index["image_size"]
-    return LatentDiffusion(
-        first_stage, unet, conditioner, schedule, normalization, (height, width)
-    )
+    return LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, (height, width))
 
 
 def save_first_stage(

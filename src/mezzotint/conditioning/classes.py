@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mezzotint.conditioning.base import Conditioner, ConditionInputs, Conditioning
+from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
 from mezzotint.config import Config
 from mezzotint.errors import RequestError, nearest
 
@@ -22,7 +22,7 @@ class ClassConditionerConfig(Config):
     """
 
     kind: Literal["class"] = "class"
-    width: int = Field(512, ge=1)
+    width: int = Field(default=512, ge=1)
     class_names: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -70,4 +70,6 @@ class ClassConditioner(Conditioner):
     def null(self, count: int) -> Conditioning:
         """Return the null class, ``count`` times."""
         index = torch.full((count,), len(self.config.class_names))
-        return Conditioning(crossattn=self.embedding(index.to(self.embedding.weight.device))[:, None])
+        return Conditioning(
+            crossattn=self.embedding(index.to(self.embedding.weight.device))[:, None]
+        )

@@ -14,7 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor, nn
 
-from mezzotint.conditioning.base import Conditioner, ConditionInputs, Conditioning
+from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
 from mezzotint.config import Config
 from mezzotint.nn.attention import attend
 
@@ -36,12 +36,12 @@ class TextConditionerConfig(Config):
     """
 
     kind: Literal["text"] = "text"
-    width: int = Field(512, ge=1)
-    layers: int = Field(8, ge=0)
-    heads: int = Field(8, ge=1)
-    max_length: int = Field(77, ge=3)
-    vocab_size: int = Field(4096, ge=64)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    width: int = Field(default=512, ge=1)
+    layers: int = Field(default=8, ge=0)
+    heads: int = Field(default=8, ge=1)
+    max_length: int = Field(default=77, ge=3)
+    vocab_size: int = Field(default=4096, ge=64)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TextConditionerConfig":

@@ -1,6 +1,6 @@
 """A picture back to itself, bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ __all__ = ["replay"]
 
 
 @contextmanager
-def _thread_count(count: int) -> Iterator[None]:
+def _thread_count(count: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

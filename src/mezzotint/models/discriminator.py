@@ -29,9 +29,9 @@ class PatchDiscriminatorConfig(Config):
         layers: How often the resolution is halved. Three see patches of 70 x 70 pixels.
     """
 
-    in_channels: int = pydantic.Field(3, ge=1)
-    channels: int = pydantic.Field(64, ge=1)
-    layers: int = pydantic.Field(3, ge=1)
+    in_channels: int = pydantic.Field(default=3, ge=1)
+    channels: int = pydantic.Field(default=64, ge=1)
+    layers: int = pydantic.Field(default=3, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

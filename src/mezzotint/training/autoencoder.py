@@ -22,11 +22,17 @@ from mezzotint.models.discriminator import (
     hinge_discriminator_loss,
 )
 from mezzotint.models.perceptual import build_perceptual
+from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.batches import Batches, DataOrder
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.ema import ExponentialMovingAverage
-from mezzotint.training.optimizer import apply_gradients, build_optimizer, learning_rate_factor
+from mezzotint.training.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    learning_rate_factor,
+    use_channels_last,
+)
 from mezzotint.training.recipe import AutoencoderRecipe
 
 __all__ = ["AutoencoderTask", "to_pixels"]
@@ -65,7 +71,7 @@ class AutoencoderTask:
         model = AutoencoderKL(config) if config.kind == "kl" else VQModel(config)
         self.model: AutoencoderKL | VQModel = model.to(device)
         if recipe.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            use_channels_last(self.model)
         loss = recipe.loss
         self.perceptual = build_perceptual(loss.perceptual_network) if loss.perceptual else None
         if self.perceptual is not None:
@@ -131,18 +137,18 @@ class AutoencoderTask:
         self, images: Tensor, step: int, number: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Accumulate the autoencoder's gradients; returns reconstruction, latent and terms."""
-        recipe, config = self.recipe, self.recipe.loss
+        config, model = self.recipe.loss, self.model
         with autocast(self.execution):
-            encoded = self.model.encode(images)
-            if isinstance(self.model, VQModel):
-                quantized = self.model.quantize(encoded)
-                z, regularizer = encoded, config.codebook * quantized.loss
-                fake = self.model.decode_quantized(quantized.z_q)
+            if isinstance(model, VQModel):
+                z = model.encode(images)
+                quantized = model.quantize(z)
+                regularizer = config.codebook * quantized.loss
+                fake = model.decode_quantized(quantized.z_q)
             else:
-                rng = SampleNoise(self._noise_seeds(step, number, len(images)))
-                z = encoded.sample(rng)
-                regularizer = config.kl * encoded.kl().mean() / images[0].numel()
-                fake = self.model.decode(z)
+                posterior = model.encode(images)
+                z = posterior.sample(SampleNoise(self._noise_seeds(step, number, len(images))))
+                regularizer = config.kl * posterior.kl().mean() / images[0].numel()
+                fake = model.decode(z)
         fake = fake.float()
         terms = _reconstruction_terms(images, fake, config.l1, config.l2, config.pooled_l1)
         if self.perceptual is not None:
@@ -215,7 +221,7 @@ class AutoencoderTask:
             self.model.eval()
             pixels = to_pixels(images, self.execution.device)
             encoded = self.model.encode(pixels)
-            z = encoded if isinstance(self.model, VQModel) else encoded.mode()
+            z = encoded.mode() if isinstance(encoded, DiagonalGaussian) else encoded
             fake = self.model.decode(z)
         restored = ((fake.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
         rows = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (*images, *restored)]
@@ -236,7 +242,7 @@ class AutoencoderTask:
                 indices = range(start, min(len(self.data), start + 32))
                 images = torch.stack([self.data.load(k).image for k in indices])
                 encoded = self.model.encode(to_pixels(images, self.execution.device))
-                if not isinstance(self.model, VQModel):
+                if isinstance(encoded, DiagonalGaussian):
                     seeds = [mix(self.recipe.seed, 0x3EA5, k) for k in indices]
                     encoded = encoded.sample(SampleNoise(seeds))
                 latents.append(encoded.float().cpu())

@@ -25,7 +25,12 @@ from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches, DataOrder
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.ema import ExponentialMovingAverage
-from mezzotint.training.optimizer import apply_gradients, build_optimizer, learning_rate_factor
+from mezzotint.training.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    learning_rate_factor,
+    use_channels_last,
+)
 from mezzotint.training.recipe import DiffusionRecipe
 
 __all__ = ["DiffusionTask"]
@@ -65,7 +70,7 @@ class DiffusionTask:
         self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
         self.model = model.to(execution.device)
         if recipe.channels_last:
-            self.model.unet.to(memory_format=torch.channels_last)
+            use_channels_last(self.model.unet)
         self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
         rate = recipe.optimizer.learning_rate
         groups: list[dict[str, Any]] = [{"params": list(model.unet.parameters()), "lr": rate}]

@@ -1,6 +1,6 @@
 """An exponential moving average of weights, kept in float32."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,12 +31,11 @@ class ExponentialMovingAverage:
         """Move the average towards the parameters as they stand now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.average.values()), [p.float() for p in self._live.values()], 1.0 - decay
-        )
+        for name, parameter in self._live.items():
+            self.average[name].lerp_(parameter.float(), 1.0 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         """Put the averaged weights into the module for the length of a ``with`` block."""
         with torch.no_grad():
             kept = {name: p.detach().clone() for name, p in self._live.items()}

@@ -4,11 +4,10 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
@@ -83,7 +82,7 @@ class RunLog:
         return averages
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[float, float, int], None]]:
+    def progress(self) -> Generator[Callable[[float, float, int], None]]:
         """Show a progress bar; where there is no terminal, a line every quarter of a minute."""
         if not self.console.is_terminal:
             yield self._plain_progress()
@@ -123,7 +122,6 @@ class RunLog:
         if math.isfinite(left):
             parts.append(f"{_clock(left)} left")
         return "  ".join(parts)
-
 
     def close(self) -> None:
         """Close the files."""

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -57,7 +57,7 @@ class Task(Protocol):
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[str]]:
+def _stop_on_signal() -> Generator[list[str]]:
     """Collect SIGINT and SIGTERM instead of dying of them, so that a checkpoint can be saved."""
     received: list[str] = []
 
@@ -88,7 +88,7 @@ class _Clock:
         return self._spent + time.monotonic() - self._since
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         spent = self.seconds
         try:
             yield

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mezzotint.training.recipe import OptimizerConfig
 
-__all__ = ["apply_gradients", "build_optimizer", "learning_rate_factor"]
+__all__ = ["apply_gradients", "build_optimizer", "learning_rate_factor", "use_channels_last"]
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
@@ -55,3 +55,10 @@ def apply_gradients(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Store the convolution weights of a module with the channels innermost."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

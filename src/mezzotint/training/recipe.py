@@ -42,13 +42,13 @@ class OptimizerConfig(Config):
         gradient_clip: Largest global gradient norm; None clips nothing.
     """
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    gradient_clip: float | None = Field(1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    gradient_clip: float | None = Field(default=1.0, gt=0)
 
 
 class BudgetConfig(Config):
@@ -58,8 +58,8 @@ class BudgetConfig(Config):
     only a budget in steps alone is exactly repeatable.
     """
 
-    max_steps: int | None = Field(None, ge=1)
-    max_minutes: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _some(self) -> "BudgetConfig":
@@ -71,19 +71,19 @@ class BudgetConfig(Config):
 class RunConfig(Config):
     """What a run writes, and when."""
 
-    checkpoint_minutes: float = Field(5.0, gt=0)
-    keep_checkpoints: int = Field(2, ge=1)
-    sample_minutes: float = Field(5.0, gt=0)
-    log_steps: int = Field(50, ge=1)
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    sample_minutes: float = Field(default=5.0, gt=0)
+    log_steps: int = Field(default=50, ge=1)
 
 
 class _RecipeBase(Document):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     data: DataConfig
-    batch_size: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1, description="gradient accumulation: batches per step")
+    batch_size: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1, description="gradient accumulation: batches per step")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -102,10 +102,10 @@ class AdversarialConfig(Config):
         learning_rate: The discriminator's; the autoencoder's if left out.
     """
 
-    start_step: int = Field(50_000, ge=0)
-    pretrain_steps: int = Field(1_000, ge=0)
-    weight: float = Field(0.5, ge=0)
-    learning_rate: float | None = Field(None, gt=0)
+    start_step: int = Field(default=50_000, ge=0)
+    pretrain_steps: int = Field(default=1_000, ge=0)
+    weight: float = Field(default=0.5, ge=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig()
 
 
@@ -124,12 +124,12 @@ class AutoencoderLossConfig(Config):
         codebook: Weight of the vector quantiser's loss; only VQ.
     """
 
-    l1: float = Field(1.0, ge=0)
-    l2: float = Field(0.0, ge=0)
-    pooled_l1: float = Field(0.0, ge=0)
-    perceptual: float = Field(1.0, ge=0)
-    kl: float = Field(1e-6, ge=0)
-    codebook: float = Field(1.0, ge=0)
+    l1: float = Field(default=1.0, ge=0)
+    l2: float = Field(default=0.0, ge=0)
+    pooled_l1: float = Field(default=0.0, ge=0)
+    perceptual: float = Field(default=1.0, ge=0)
+    kl: float = Field(default=1e-6, ge=0)
+    codebook: float = Field(default=1.0, ge=0)
     perceptual_network: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig | None = AdversarialConfig()
 
@@ -140,9 +140,10 @@ class AutoencoderRecipe(_RecipeBase):
     kind: Literal["autoencoder"] = "autoencoder"
     model: Annotated[AutoencoderKLConfig | VQModelConfig, Field(discriminator="kind")]
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
-    ema_decay: float | None = Field(None, ge=0, lt=1)
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
     normalization: Literal["scalar", "channel"] = Field(
-        "scalar", description="the paper's one scale factor, or mean and std per latent channel"
+        default="scalar",
+        description="the paper's one scale factor, or mean and std per latent channel",
     )
 
     @model_validator(mode="after")
@@ -212,14 +213,14 @@ class DiffusionRecipe(_RecipeBase):
         TextConditionerConfig | ClassConditionerConfig | UnconditionalConfig,
         Field(discriminator="kind"),
     ] = UnconditionalConfig()
-    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     schedule: ScheduleConfig = ScheduleConfig()
     weighting: Literal["simple", "min_snr"] = "simple"
-    latent_variants: int = Field(1, ge=0)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    conditioner_learning_rate: float | None = Field(None, gt=0)
-    guidance_scale: float = Field(3.0, ge=0)
-    sample_steps: int = Field(25, ge=1)
+    latent_variants: int = Field(default=1, ge=0)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    conditioner_learning_rate: float | None = Field(default=None, gt=0)
+    guidance_scale: float = Field(default=3.0, ge=0)
+    sample_steps: int = Field(default=25, ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> "DiffusionRecipe":
