@@ -199,7 +199,6 @@ LAYOUTS: dict[str, Layout] = {
         neutral=_UNET_NEUTRAL
         | {
             "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-            "only_cross_attention": (False, [False], [False] * 2, [False] * 3, [False] * 4),
             "resnet_out_scale_factor": (1,),
             "conv_in_kernel": (3,),
             "conv_out_kernel": (3,),

@@ -74,6 +74,8 @@ def read_conditional_unet(keys: Keys) -> dict[str, Any]:
         "use_linear_projection": keys.take("use_linear_projection", False),
         "guidance_embed_dim": keys.take("time_cond_proj_dim", None),
     }
+    if keys.one("only_cross_attention", False):
+        keys.problem("only_cross_attention", True, "False (Mezzotint has no such option)")
     vector_dim = keys.take("projection_class_embeddings_input_dim", None)
     match keys.take("class_embed_type", None):
         case None:
