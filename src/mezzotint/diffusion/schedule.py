@@ -80,7 +80,8 @@ class Grid:
     the diffusers scheduler of its name, so that a public model draws the same picture.
 
     Attributes:
-        whole: Round ``linspace`` times to whole ones; without it they may lie between.
+        whole: Round ``linspace`` times to whole ones; without it, noise levels at times between
+            are linear between their neighbours'.
         spare: Lay ``linspace`` and ``leading`` for one step more and leave out the lowest time.
         to_zero: End at sigma 0 even if the schedule says ``set_alpha_to_one: false``.
     """
@@ -213,7 +214,9 @@ class NoiseSchedule:
             first, last = (self.sigmas[i].item() ** (1 / 7) for i in (-1, 0))
             sigmas = torch.linspace(first, last, steps, dtype=torch.float64) ** 7
         else:
-            sigmas = self.t_to_sigma(self._times(steps, spacing, grid))
+            times = self._times(steps, spacing, grid)
+            low, high = times.floor().long(), times.ceil().long()
+            sigmas = torch.lerp(self.sigmas[low], self.sigmas[high], times - low)
         ends_at_zero = grid.to_zero or self.config.set_alpha_to_one
         end = torch.zeros(1) if ends_at_zero else self.sigmas[:1]
         return torch.cat([sigmas, end]).float()
