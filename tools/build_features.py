@@ -9,6 +9,7 @@ convolutions become float16, and the statistics of the normalisations, which are
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import tempfile
@@ -38,10 +39,19 @@ def main() -> None:
         if name.startswith("features.")
     }
     metadata = {"source": f"torchvision {Path(MEMBER).name}, trunk", "license": "BSD-3-Clause"}
-    packed = safetensors.torch.save(kept, metadata)
+    packed = with_metadata(safetensors.torch.save(kept), metadata)
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_bytes(packed)
     print(f"{TARGET}: {len(packed):,} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
+
+
+def with_metadata(packed: bytes, metadata: dict[str, str]) -> bytes:
+    """Put metadata into a safetensors file in their order; the library shuffles them."""
+    end = 8 + int.from_bytes(packed[:8], "little")
+    header = {"__metadata__": metadata, **json.loads(packed[8:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + packed[end:]
 
 
 def fetch(folder: Path) -> Path:
