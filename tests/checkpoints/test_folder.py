@@ -285,9 +285,6 @@ def test_a_loaded_module_owns_its_weights(tmp_path: Path) -> None:
     assert torch.equal(again.decoder.conv_in.weight, ours.decoder.conv_in.weight)
 
 
-# ------------------------------------------------------------------ refusals
-
-
 def edit(folder: Path, **changes: Any) -> None:
     data = read_component_config(folder) | changes
     (folder / CONFIG).write_text(json.dumps(data))

@@ -113,9 +113,6 @@ def first_stage_map(first_stage: AutoencoderKL | VQModel) -> TensorMap:
     return TensorMap(_first_stage_rules(first_stage), first_stage.state_dict())
 
 
-# ------------------------------------------------------------------ the walks
-
-
 def _unet_rules(unet: UNet, order: HeadOrder) -> Iterator[_Rule]:
     def rules(ours: str, theirs: str) -> Iterator[_Rule]:
         return _module_rules(unet, ours, theirs, _UNET_RESNET, order)
@@ -195,8 +192,6 @@ def _first_stage_rules(first_stage: AutoencoderKL | VQModel) -> Iterator[_Rule]:
 def _length(block: nn.Module, name: str) -> int:
     return len(cast(nn.ModuleList, block.get_submodule(name)))
 
-
-# ------------------------------------------------------------------ one module
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",

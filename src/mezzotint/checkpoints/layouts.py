@@ -57,9 +57,6 @@ class Layout:
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
 
 
-# ------------------------------------------------------------------ the two directions
-
-
 def layout_to_config(data: Mapping[str, Any], source: str) -> tuple[Layout, Any]:
     """Translate a ``config.json`` to its entry in `LAYOUTS` and to our configuration.
 
@@ -95,9 +92,6 @@ def config_to_layout(config: Config) -> dict[str, Any]:
         if layout.config is type(config) and (keys := layout.write(config)) is not None:
             return {"_class_name": name, **keys}
     raise AssertionError(f"no layout holds a {type(config).__name__}")
-
-
-# ------------------------------------------------------------------ first stages
 
 
 def _read_autoencoder(keys: Keys) -> dict[str, Any]:
@@ -162,9 +156,6 @@ def _write_vq(config: VQModelConfig) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------ ours
-
-
 def _read_ours(keys: Keys) -> dict[str, Any]:
     unread = PASSED - {"sample_size"}
     return {
@@ -177,8 +168,6 @@ def _read_ours(keys: Keys) -> dict[str, Any]:
 def _read_our_unet(keys: Keys) -> dict[str, Any]:
     return _read_ours(keys) | {"sample_size": read_sample_size(keys)}
 
-
-# ------------------------------------------------------------------ the table
 
 _SILU = ("silu", "swish")
 _UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {

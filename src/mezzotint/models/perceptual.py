@@ -142,8 +142,6 @@ class FeatureDistance(nn.Module):
         return [F.normalize(f, dim=1, eps=1e-10) for f in features]
 
 
-# ------------------------------------------------------------------ VGG16 and LPIPS
-
 _VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -212,9 +210,6 @@ def lpips_vgg16(tensors: Mapping[str, Tensor], source: str) -> FeatureDistance:
     # LPIPS's constants, which are ImageNet's mean and deviation for images in -1..1
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     return FeatureDistance(trunk, shift, scale, heads)
-
-
-# ------------------------------------------------------------------ EfficientNet-Lite0
 
 
 class _Stage(NamedTuple):
