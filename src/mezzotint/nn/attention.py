@@ -184,6 +184,7 @@ class SpatialTransformer(nn.Module):
         linear: bool = False,
     ) -> None:
         super().__init__()
+        self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -201,16 +202,18 @@ class SpatialTransformer(nn.Module):
             context: Tokens to attend to.
             mask: Bool, broadcast to ``(B, heads, HW, M)``, true where a token counts.
         """
-        linear = isinstance(self.proj_in, nn.Linear)
-        h = self.norm(x)
-        if not linear:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, HW, C)
-        if linear:
+        # channels last, feature map and tokens are the same memory: this is the only copy
+        h = self.norm(x).contiguous(memory_format=torch.channels_last)
+        h = _map_to_tokens(h if self.linear else self.proj_in(h))
+        if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context, mask)
-        if linear:
+        if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).reshape(x.shape)
-        return x + (h if linear else self.proj_out(h))
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+def _map_to_tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C)
