@@ -51,7 +51,7 @@ def sample(
 
     width, height = _size(size)
     asked: dict[str, Any] = {
-        "class_label": _class_label(class_label),
+        "class_label": class_label,
         "num_images": num_images,
         "seed": seed,
         "steps": steps,
@@ -87,10 +87,6 @@ def _check(fields: dict[str, Any]) -> None:
     else:
         task = "class-to-image" if "class_label" in fields else "unconditional"
     GenerationRequest.from_dict({"task": task, **fields})
-
-
-def _class_label(text: str | None) -> str | int | None:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else text
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

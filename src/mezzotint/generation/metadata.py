@@ -52,7 +52,7 @@ def read_request(path: Path) -> GenerationRequest:
     # what Pillow raises on damaged files, by format and place of the damage
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(
-            f"{path}: holds no generation request that can be read ({error});"
+            f"{path}: holds no generation request that can be read ({getattr(error, 'strerror', None) or error});"
             " only PNGs drawn by Mezzotint can be replayed"
         ) from None
     if not isinstance(text, str):

@@ -22,7 +22,7 @@ class Resolved(Config):
     """What a picture was drawn with, beyond what was asked: enough to draw it again bit for bit.
 
     Attributes:
-        model_hash: SHA-256 of the model's weights and configuration, as hexadecimal digits.
+        model_hash: Of every weight of the model, as hexadecimal digits.
         precision: What autocast computed in, ``"float32"`` or ``"bfloat16"`` for example.
         engine: What ran the networks, ``"torch"`` for example.
         device: torch's name of the device.
