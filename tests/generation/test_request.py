@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mezzotint.diffusion.samplers import SAMPLERS
 
+from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import RequestError
 from mezzotint.generation.request import GenerationRequest, Resolved
 

@@ -102,7 +102,7 @@ class NoiseSchedule:
     Example:
         >>> schedule = NoiseSchedule(ScheduleConfig())
         >>> [round(sigma, 3) for sigma in schedule.sampling_sigmas(4, "trailing").tolist()]
-        [14.615, 4.117, 1.611, 0.696, 0.0]
+        [14.615, 4.082, 1.613, 0.693, 0.0]
     """
 
     def __init__(self, config: ScheduleConfig) -> None:

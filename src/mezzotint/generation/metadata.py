@@ -51,8 +51,9 @@ def read_request(path: Path) -> GenerationRequest:
         text = None
     # what Pillow raises on damaged files, by format and place of the damage
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise RequestError(
-            f"{path}: holds no generation request that can be read ({getattr(error, 'strerror', None) or error});"
+            f"{path}: holds no generation request that can be read ({reason});"
             " only PNGs drawn by Mezzotint can be replayed"
         ) from None
     if not isinstance(text, str):
