@@ -44,12 +44,22 @@ class LatentNormalization(nn.Module):
         return cls(torch.zeros(1), torch.tensor([1.0 / scale_factor]))
 
     @classmethod
-    def measure(cls, latents: Tensor, per_channel: bool) -> "LatentNormalization":
-        """Measure over latents ``(N, C, h, w)`` of the data."""
-        values = latents.double()
-        if per_channel:
-            return cls(values.mean((0, 2, 3)), values.std((0, 2, 3)))
-        return cls(torch.zeros(1), values.std().reshape(1))
+    def measure(cls, moments: Tensor, channels: int, per_channel: bool) -> "LatentNormalization":
+        """Measure over the data.
+
+        Args:
+            moments: What `encode_moments` gave for the data, ``(N, C or 2C, h, w)``. For a KL
+                first stage the variance is that of posterior samples, in closed form.
+            channels: Latent channels C.
+            per_channel: Means and deviations per channel; otherwise the paper's one number.
+        """
+        values = moments.double()
+        mean = values[:, :channels]
+        noise = values[:, channels:].exp() if values.shape[1] > channels else torch.zeros(1)
+        if not per_channel:
+            return cls(torch.zeros(1), (mean.var() + noise.mean()).sqrt().reshape(1))
+        within = noise.mean((0, 2, 3)) if noise.ndim == 4 else noise
+        return cls(mean.mean((0, 2, 3)), (mean.var((0, 2, 3)) + within).sqrt())
 
     @property
     def is_scalar(self) -> bool:

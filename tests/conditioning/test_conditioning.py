@@ -1,5 +1,9 @@
 """Conditioning values and the conditioners that make them."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -72,6 +76,18 @@ def test_captions_longer_than_the_limit_are_cut_with_their_end_token():
     ids, mask = conditioner.tokenize(["apple " * 50])
     assert ids.shape == (1, 12) and mask.all()
     assert ids[0, -1] == conditioner.tokenizer.token_to_id("[SEP]")
+
+
+def test_the_same_captions_give_the_same_vocabulary():
+    """In another process, where hashes are seeded otherwise."""
+    script = (
+        "from mezzotint.conditioning.text import train_tokenizer;"
+        "from mezzotint.data.emoji import emoji_concepts;"
+        "print(train_tokenizer([c.caption for c in emoji_concepts()], 1024).to_str())"
+    )
+    runs = {subprocess.check_output([sys.executable, "-c", script]) for _ in range(3)}
+    assert len(runs) == 1
+    assert len(json.loads(runs.pop())["model"]["vocab"]) == 1024
 
 
 def test_unknown_characters_become_the_unknown_token_and_not_an_error():

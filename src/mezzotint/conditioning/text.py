@@ -4,14 +4,15 @@ The paper's text-to-image model reads BERT's WordPiece tokens with a transformer
 jointly with the UNet. Here the vocabulary is trained on the captions themselves.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordPiece
-from tokenizers.trainers import WordPieceTrainer
+from tokenizers.models import BPE, WordPiece
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
@@ -51,19 +52,41 @@ class TextConditionerConfig(Config):
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-casing WordPiece tokenizer on captions.
+    """Train a lower-casing WordPiece tokenizer on captions; the same captions give the same one.
+
+    The library's own WordPiece trainer breaks ties by chance. Its byte-pair trainer does not when
+    it knows no word boundaries, so the pieces are learned by it, and each enters the vocabulary in
+    the forms, at the start of a word or inside, in which it occurs.
 
     Args:
         captions: The texts; their order does not matter.
-        vocab_size: Tokens at most, the four special ones included.
+        vocab_size: Tokens at most, the four special ones and the single characters included, where
+            the characters alone are not more.
     """
-    tokenizer = Tokenizer(WordPiece(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, UNKNOWN, START, END], show_progress=False
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    texts = sorted(captions)
+    words = Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
-    tokenizer.train_from_iterator(sorted(captions), trainer)
+    pieces = Tokenizer(BPE())
+    pieces.pre_tokenizer = splitter
+    trainer = BpeTrainer(vocab_size=vocab_size, show_progress=False)
+    pieces.train_from_iterator(sorted(words.elements()), trainer)
+    forms: Counter[str] = Counter()
+    for word, count in words.items():
+        for place, piece in enumerate(pieces.encode(word).tokens):
+            forms[piece if place == 0 else f"##{piece}"] += count
+    characters = sorted({c for word in words for c in (word[0], *(f"##{x}" for x in word[1:]))})
+    frequent = sorted(forms.keys() - set(characters), key=lambda form: (-forms[form], form))
+    tokens = [PAD, UNKNOWN, START, END, *characters, *frequent]
+    tokens = tokens[: max(vocab_size, 4 + len(characters))]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
     return tokenizer
 
 

@@ -3,14 +3,14 @@
 Parameters are named as in the public diffusers checkpoints.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.config import Config, parse
-from mezzotint.errors import ConfigError, RequestError
+from mezzotint.errors import RequestError
 from mezzotint.models.regularizers import DiagonalGaussian, Quantization, VectorQuantizer
 from mezzotint.nn.attention import AttentionBlock
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
@@ -63,6 +63,23 @@ class _ConvolutionalConfig(Config):
     norm_num_groups: PositiveInt = 32
     dropout: float = Field(0.0, ge=0, lt=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _widths_of_factor(cls, data: Any) -> Any:
+        """Let a recipe say ``factor`` and ``base_channels`` in place of ``block_out_channels``."""
+        if not isinstance(data, dict) or "factor" not in data:
+            return data
+        fields = dict(cast(dict[str, Any], data))
+        if fields.pop("block_out_channels", None) is not None:
+            raise ValueError("factor and block_out_channels both say the levels; keep one")
+        f, base = fields.pop("factor"), fields.pop("base_channels", 128)
+        if f not in MULTIPLIERS:
+            choices = ", ".join(str(choice) for choice in MULTIPLIERS)
+            raise ValueError(
+                f"factor: f must be a power of two up to 32, got {f}; choose from: {choices}"
+            )
+        return fields | {"block_out_channels": [base * m for m in MULTIPLIERS[f]]}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         levels = len(self.block_out_channels)
@@ -105,11 +122,7 @@ class _ConvolutionalConfig(Config):
         Raises:
             ConfigError: If ``f`` is none of these, or a field is wrong.
         """
-        if f not in MULTIPLIERS:
-            choices = ", ".join(str(choice) for choice in MULTIPLIERS)
-            raise ConfigError(f"f must be a power of two up to 32, got {f}; choose from: {choices}")
-        widths = [base_channels * multiplier for multiplier in MULTIPLIERS[f]]
-        return parse(cls, {"block_out_channels": widths, **fields}, cls.__name__)
+        return parse(cls, {"factor": f, "base_channels": base_channels, **fields}, cls.__name__)
 
 
 class AutoencoderKLConfig(_ConvolutionalConfig):

@@ -13,7 +13,7 @@ from mezzotint.checkpoints.model import save_first_stage
 from mezzotint.data.base import ImageData
 from mezzotint.device import Execution, autocast
 from mezzotint.evaluation.grids import image_grid
-from mezzotint.latent_diffusion import LatentNormalization, fingerprint
+from mezzotint.latent_diffusion import LatentNormalization, encode_moments, fingerprint
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
 from mezzotint.models.discriminator import (
     PatchDiscriminator,
@@ -237,17 +237,16 @@ class AutoencoderTask:
         self.batches.close()
         with self._averaged():
             self.model.eval()
-            latents: list[Tensor] = []
+            moments: list[Tensor] = []
             for start in range(0, min(len(self.data), _MEASURED), 32):
                 indices = range(start, min(len(self.data), start + 32))
                 images = torch.stack([self.data.load(k).image for k in indices])
-                encoded = self.model.encode(to_pixels(images, self.execution.device))
-                if isinstance(encoded, DiagonalGaussian):
-                    seeds = [mix(self.recipe.seed, 0x3EA5, k) for k in indices]
-                    encoded = encoded.sample(SampleNoise(seeds))
-                latents.append(encoded.float().cpu())
+                pixels = to_pixels(images, self.execution.device)
+                moments.append(encode_moments(self.model, pixels).float().cpu())
             measured = LatentNormalization.measure(
-                torch.cat(latents), per_channel=self.recipe.normalization == "channel"
+                torch.cat(moments),
+                self.model.latent_channels,
+                per_channel=self.recipe.normalization == "channel",
             )
             save_first_stage(self.model, measured, folder / "vae")
 
