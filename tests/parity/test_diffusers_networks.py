@@ -60,46 +60,53 @@ CONTEXT = draw(2, 7, 24, seed=2)
 LABELS = torch.tensor([4, 0])
 VECTOR = draw(2, 12, seed=3)
 
-WIDTHS = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8}
-SD1 = block_types(CROSS, CROSS, CROSS, PLAIN) | WIDTHS | {"cross_attention_dim": 24}
+SHAPE = {"norm_num_groups": 8, "cross_attention_dim": 24}
+DEEP = SHAPE | {"block_out_channels": (16, 32, 32, 32)}
+SMALL = SHAPE | {"block_out_channels": (16, 32), "layers_per_block": 1}
+OURS_SMALL = SMALL | {"attention_levels": (True, True), "num_attention_heads": 4}
+THEIRS_SMALL = SMALL | block_types(CROSS, CROSS) | {"attention_head_dim": 4}
 
 CROSS_ATTENTION: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # name: (our fields, theirs, their arguments)
-    "sd1": ({"num_attention_heads": 4}, {"attention_head_dim": 4}, {}),
+    "sd1": (
+        DEEP | {"num_attention_heads": 4},
+        DEEP | {"attention_head_dim": 4} | block_types(CROSS, CROSS, CROSS, PLAIN),
+        {},
+    ),
     "sd2": (
-        {"num_attention_heads": None, "attention_head_dim": 8, "use_linear_projection": True},
-        {"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True},
+        DEEP
+        | {"num_attention_heads": None, "attention_head_dim": 8, "use_linear_projection": True},
+        DEEP
+        | {"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True}
+        | block_types(CROSS, CROSS, CROSS, PLAIN),
         {},
     ),
     "two transformer layers": (
-        {"num_attention_heads": 4, "transformer_layers_per_block": 2, "layers_per_block": 1},
-        {"attention_head_dim": 4, "transformer_layers_per_block": 2, "layers_per_block": 1},
+        OURS_SMALL | {"transformer_layers_per_block": 2},
+        THEIRS_SMALL | {"transformer_layers_per_block": 2},
         {},
     ),
     "class-conditional": (
-        {"num_attention_heads": 4, "num_class_embeds": 5},
-        {"attention_head_dim": 4, "num_class_embeds": 5},
+        OURS_SMALL | {"num_class_embeds": 5},
+        THEIRS_SMALL | {"num_class_embeds": 5},
         {"class_labels": LABELS},
     ),
     "vector": (
-        {"num_attention_heads": 4, "vector_dim": 12},
-        {
-            "attention_head_dim": 4,
-            "class_embed_type": "projection",
-            "projection_class_embeddings_input_dim": 12,
-        },
+        OURS_SMALL | {"vector_dim": 12},
+        THEIRS_SMALL
+        | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12},
         {"class_labels": VECTOR},
     ),
     "scale-shift": (
-        {"num_attention_heads": 4, "resnet_time_scale_shift": "scale_shift"},
-        {"attention_head_dim": 4, "resnet_time_scale_shift": "scale_shift"},
+        OURS_SMALL | {"resnet_time_scale_shift": "scale_shift"},
+        THEIRS_SMALL | {"resnet_time_scale_shift": "scale_shift"},
         {},
     ),
     # diffusers has up/down ResBlocks beside cross-attention in the middle only: its
     # SimpleCrossAttn blocks attend to text and image at once, which is another network
     "up/down ResBlocks": (
-        {"num_attention_heads": 4, "attention_levels": (False,) * 4, "resblock_updown": True},
-        {"attention_head_dim": 4} | block_types(*[RESNET] * 4),
+        OURS_SMALL | {"attention_levels": (False, False), "resblock_updown": True},
+        THEIRS_SMALL | block_types(RESNET, RESNET),
         {},
     ),
 }
@@ -108,16 +115,16 @@ CROSS_ATTENTION: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 @pytest.mark.parametrize("case", CROSS_ATTENTION)
 def test_cross_attention_unet(case: str) -> None:
     fields, their_fields, arguments = CROSS_ATTENTION[case]
-    config = UNetConfig.from_dict(WIDTHS | {"cross_attention_dim": 24} | fields)
-    ours, theirs = twins(UNet(config), diffusers.UNet2DConditionModel(**(SD1 | their_fields)))
+    theirs = diffusers.UNet2DConditionModel(**their_fields)
+    ours, theirs = twins(UNet(UNetConfig.from_dict(fields)), theirs)
     with torch.no_grad():
         expected = theirs(X, TIME, CONTEXT, **arguments).sample
         assert_close(ours(X, TIME, CONTEXT, vector=arguments.get("class_labels")), expected)
 
 
 def test_cross_attention_unet_of_an_odd_size_with_a_mask() -> None:
-    config = UNetConfig.from_dict(WIDTHS | {"cross_attention_dim": 24, "num_attention_heads": 4})
-    ours, theirs = twins(UNet(config), diffusers.UNet2DConditionModel(**SD1, attention_head_dim=4))
+    theirs = diffusers.UNet2DConditionModel(**THEIRS_SMALL)
+    ours, theirs = twins(UNet(UNetConfig.from_dict(OURS_SMALL)), theirs)
     x, mask = draw(2, 4, 13, 18), torch.arange(7) < torch.tensor([[7], [2]])
     with torch.no_grad():
         expected = theirs(x, TIME, CONTEXT, encoder_attention_mask=mask).sample
@@ -125,11 +132,9 @@ def test_cross_attention_unet_of_an_odd_size_with_a_mask() -> None:
 
 
 def test_guidance_embedding() -> None:
-    shape = {"time_cond_proj_dim": 32, "attention_head_dim": 4}
-    config = UNetConfig.from_dict(
-        WIDTHS | {"cross_attention_dim": 24, "num_attention_heads": 4, "guidance_embed_dim": 32}
-    )
-    ours, theirs = twins(UNet(config), diffusers.UNet2DConditionModel(**SD1, **shape))
+    theirs = diffusers.UNet2DConditionModel(**THEIRS_SMALL, time_cond_proj_dim=32)
+    config = UNetConfig.from_dict(OURS_SMALL | {"guidance_embed_dim": 32})
+    ours, theirs = twins(UNet(config), theirs)
     guidance = torch.tensor([7.5, 1.0])
     embedding = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
         None, guidance - 1, embedding_dim=32
@@ -162,6 +167,7 @@ UNCONDITIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_unconditional_unet(case: str) -> None:
     fields, their_fields = UNCONDITIONAL[case]
     shape = {"in_channels": 3, "out_channels": 3, "block_out_channels": (16, 32, 48)}
+    shape |= {"layers_per_block": 1}
     shape |= {"norm_num_groups": 8, "attention_head_dim": 8}
     config = UNetConfig.from_dict(
         shape
