@@ -33,8 +33,8 @@ class ClassifierFreeGuidance(Generic[C]):
             where there is no guidance.
         scale: 1 is no guidance; the null half is then not computed.
         rescale: From 0 to 1, how far the contrast of the guided image is taken back to that of
-            the conditional one: phi of Lin et al. (arXiv 2305.08891, equations 15 and 16), here
-            on estimates of the image.
+            the conditional one: phi of Lin et al. (arXiv 2305.08891, section 3.4), here on
+            estimates of the image.
         interval: Noise levels ``(low, high)`` outside which there is no guidance: low < sigma <=
             high (Kynkäänniemi et al., arXiv 2404.07724).
     """

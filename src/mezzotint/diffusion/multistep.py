@@ -38,10 +38,11 @@ def plms(
 ) -> Tensor:
     """Pseudo linear multistep (Liu et al., arXiv 2202.09778), started as Stable Diffusion does.
 
-    Each step is DDIM's (equation 11 there) with the noise estimate replaced by a combination of
-    the last four (equation 9), the coefficients of Adams and Bashforth for even steps. The first
-    step has no past, so it is made, the network asked again at its end, and made anew with the
-    mean of both estimates: one call more than there are steps.
+    Each step is DDIM's with the noise estimate replaced by a combination of the last four, whose
+    coefficients are those of Adams and Bashforth for even steps. It is of second order, and of
+    fourth where the steps are even in sigma. The first step has no past, so it is made, the
+    network asked again at its end, and made anew with the mean of both estimates: one call more
+    than there are steps.
 
     Args:
         denoise: ``(x, sigma (B,)) -> x0``.
@@ -49,7 +50,7 @@ def plms(
         sigmas: ``(steps + 1,)`` falling noise levels.
         rng: Unused; the method is deterministic.
         multistep: What is combined: noise estimates, as in the paper, or velocities, as
-            diffusers' PNDMScheduler does with a network that predicts them.
+            diffusers' PNDMScheduler does with a network that predicts them (of first order).
         callback: Told of every step.
 
     Returns:
@@ -104,8 +105,8 @@ def dpmpp_2m(
         x' = (sigma' / sigma) * exp(-eta h) * x + (1 - exp(-(1 + eta) h)) * D~
              + sigma' * sqrt(1 - exp(-2 eta h)) * noise
 
-    eta = 0 is the ordinary equation, eta = 1 the SDE of section 5 of that paper. The first
-    step, and one to 0, are of first order.
+    eta = 0 is the ordinary differential equation, eta = 1 the paper's SDE-DPM-Solver++ (2M). The
+    first step, and one to 0, are of first order.
 
     Args:
         denoise: ``(x, sigma (B,)) -> x0``.

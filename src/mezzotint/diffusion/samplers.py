@@ -39,7 +39,8 @@ class SamplerInfo:
         name: Its name, a key of `SAMPLERS`.
         function: The pure function, set to what the name stands for.
         description: One line for people.
-        order: Order of convergence: of the image, or for a stochastic one of its distribution.
+        order: Order of convergence in the number of steps: of the image, or for a stochastic one
+            of the mean and variance that it gives Gaussian data.
         options: Names of the options that can be given.
         grid: Conventions of its noise levels.
         default_spacing: The spacing used when a request names none.
@@ -109,7 +110,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             function=plms,
             options=("multistep",),
             order=2,
-            description="Liu et al. 2022: linear multistep of order four on DDIM's step",
+            description="Liu et al. 2022: four noise estimates combined in DDIM's step",
         ),
         SamplerInfo(
             name="heun",
@@ -132,7 +133,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             function=partial(dpmpp_2m, eta=1.0),
             options=("eta", "lower_order_final"),
             grid=_DPM_GRID,
-            order=1,
+            order=2,
             stochastic=True,
             description="DPM-Solver++ of second order with fresh noise at each step",
         ),

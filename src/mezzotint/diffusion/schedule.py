@@ -129,10 +129,10 @@ class NoiseSchedule:
             t: Any shape, in ``[0, T - 1]``; clamped to it.
 
         Returns:
-            Float64 of the same shape.
+            The same shape, float64 where the device has it.
         """
         log_sigmas = self._log_sigmas(t.device)
-        t = t.double().clamp(0, self.num_train_timesteps - 1)
+        t = t.to(log_sigmas.dtype).clamp(0, self.num_train_timesteps - 1)
         low = t.floor().long().clamp(max=self.num_train_timesteps - 2)
         weight = t - low
         return ((1 - weight) * log_sigmas[low] + weight * log_sigmas[low + 1]).exp()
@@ -144,10 +144,10 @@ class NoiseSchedule:
             sigma: Any shape; levels outside the schedule give its first or last time.
 
         Returns:
-            Float64 of the same shape; exactly whole where within 0.001 of a whole time.
+            The same shape, float64 where the device has it; exactly whole where within 0.001 of a whole time.
         """
         log_sigmas = self._log_sigmas(sigma.device)
-        log_sigma = sigma.double().clamp(min=1e-10).log()
+        log_sigma = sigma.to(log_sigmas.dtype).clamp(min=1e-10).log()
         high = torch.searchsorted(log_sigmas, log_sigma).clamp(1, self.num_train_timesteps - 1)
         low = high - 1
         weight = (log_sigma - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
@@ -248,7 +248,9 @@ class NoiseSchedule:
 
     def _log_sigmas(self, device: torch.device) -> Tensor:
         if device not in self._tables:
-            self._tables[device] = self.sigmas.log().to(device)
+            # Apple's GPUs have no float64; float32 is still good to a tenth of _SNAP
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._tables[device] = self.sigmas.log().to(dtype).to(device)
         return self._tables[device]
 
 
