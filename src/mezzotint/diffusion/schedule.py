@@ -144,7 +144,8 @@ class NoiseSchedule:
             sigma: Any shape; levels outside the schedule give its first or last time.
 
         Returns:
-            The same shape, float64 where the device has it; exactly whole where within 0.001 of a whole time.
+            The same shape, float64 where the device has it; exactly whole where within 0.001 of
+            a whole time.
         """
         log_sigmas = self._log_sigmas(sigma.device)
         log_sigma = sigma.to(log_sigmas.dtype).clamp(min=1e-10).log()
