@@ -107,8 +107,8 @@ class AttentionBlock(Attention):
     ) -> Tensor:
         """Map ``(B, C, H, W)`` to the same shape; it takes no context."""
         assert context is None, "plain attention has no context"
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        return x + super().forward(tokens, None, mask).transpose(1, 2).reshape(x.shape)
+        tokens = _map_to_tokens(self.group_norm(x))
+        return x + _tokens_to_map(super().forward(tokens, None, mask), x.shape)
 
 
 class GEGLU(nn.Module):
@@ -202,18 +202,20 @@ class SpatialTransformer(nn.Module):
             context: Tokens to attend to.
             mask: Bool, broadcast to ``(B, heads, HW, M)``, true where a token counts.
         """
-        # channels last, feature map and tokens are the same memory: this is the only copy
         h = self.norm(x).contiguous(memory_format=torch.channels_last)
-        h = _map_to_tokens(h if self.linear else self.proj_in(h))
-        if self.linear:
-            h = self.proj_in(h)
+        h = self.proj_in(_map_to_tokens(h)) if self.linear else _map_to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context, mask)
         if self.linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
-        return x + (h if self.linear else self.proj_out(h))
+            return x + _tokens_to_map(self.proj_out(h), x.shape)
+        return x + self.proj_out(_tokens_to_map(h, x.shape))
 
 
 def _map_to_tokens(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C)
+    """(B, C, H, W) to (B, HW, C); no copy if channels lie last, as they then do in tokens too."""
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _tokens_to_map(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """(B, HW, C) to (B, C, H, W) without a copy: the same memory, channels last."""
+    return tokens.transpose(1, 2).unflatten(2, shape[2:])
