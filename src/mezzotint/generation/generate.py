@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import mezzotint
-from mezzotint.conditioning.base import ConditionInputs, Conditioning
+from mezzotint.conditioning.base import Conditioning, ConditionInputs
 from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.device import autocast, precision_name, threads
 from mezzotint.diffusion.guidance import ClassifierFreeGuidance
@@ -67,9 +67,7 @@ def generate(
         RequestError: If the model cannot give what is asked.
     """
     alone = request.model_copy(update={"num_images": 1})
-    rows = [
-        alone.model_copy(update={"seed": request.seed + k}) for k in range(request.num_images)
-    ]
+    rows = [alone.model_copy(update={"seed": request.seed + k}) for k in range(request.num_images)]
     drawn = generate_each(pipeline, rows, batch_size=batch_size, on_progress=on_progress)
     results: list[GeneratedImage] = []
     for k, item in enumerate(drawn):
@@ -143,9 +141,7 @@ def _inputs(pipeline: Pipeline, rows: Sequence[GenerationRequest]) -> ConditionI
     if conditioner.wants == "caption":
         return ConditionInputs(count=len(rows), captions=[r.prompt or "" for r in rows])
     if isinstance(conditioner, ClassConditioner):
-        labels = [
-            conditioner.index_of(r.class_label) for r in rows if r.class_label is not None
-        ]
+        labels = [conditioner.index_of(r.class_label) for r in rows if r.class_label is not None]
         return ConditionInputs(count=len(rows), labels=labels)
     return ConditionInputs(count=len(rows))
 
@@ -176,7 +172,7 @@ def _draw_batch(
             f"steps: {first.steps} is more than the {model.schedule_config.num_train_timesteps}"
             " noise levels that the model was trained on"
         )
-    sigmas = model.schedule.sampling_sigmas(first.steps, first.spacing or sampler.default_spacing)
+    sigmas = sampler.sigmas(model.schedule, first.steps, first.spacing)
     shape = model.latent_shape(height, width)
     rng = SampleNoise([r.seed for r in rows])
     with autocast(execution):
