@@ -1,6 +1,7 @@
 """Where a network runs and in which precision, by what the machine really has; reasons in words."""
 
 import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = [
     "Execution",
     "autocast",
     "bf16_instructions",
+    "keep_freed_memory",
     "memory_total",
     "precision_name",
     "select_device",
@@ -149,6 +151,21 @@ def memory_total(device: torch.device | None = None) -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [_number(path) for path in _CGROUP_LIMITS]
     return min([physical, *(limit for limit in limits if limit is not None)])
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep large blocks that are freed, in this process, from now on.
+
+    glibc gives every large block back to the kernel, which then clears its pages anew at the next
+    allocation: in training on a processor, whose tensors have the same sizes step after step, that
+    was an eighth of the time. Elsewhere than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # the names' numbers in malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)
 
 
 def bf16_instructions() -> tuple[str, ...]:

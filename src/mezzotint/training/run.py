@@ -17,7 +17,7 @@ from mezzotint.conditioning.text import TextConditioner, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
 from mezzotint.data import ImageData, open_data
 from mezzotint.data.latents import LatentCache, build_latent_cache
-from mezzotint.device import Execution, select_device, select_precision
+from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
 from mezzotint.errors import ConfigError, DataError, TrainingError, nearest
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import IdentityFirstStage
@@ -106,6 +106,8 @@ def train(
         recipe = type(recipe).from_dict(apply_overrides(recipe.to_dict(), overrides))
     folder = Path(output) if output is not None else Path("runs") / recipe.name
     execution = select_precision(recipe.precision, select_device(device))
+    if execution.device.type == "cpu":
+        keep_freed_memory()
     data = open_data(recipe.data)
     _claim(folder, recipe, resume)
     log = RunLog(folder, recipe.name, console or Console())

@@ -1,0 +1,144 @@
+"""Whatever kills a run, it goes on from its newest whole checkpoint."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
+
+MEZZOTINT = str(Path(sys.executable).with_name("mezzotint"))
+
+
+def start(recipe: Path, run: Path, *options: str) -> subprocess.Popen:
+    command = [MEZZOTINT, "train", str(recipe), "--output", str(run), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen, newer_than: int = -1) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        saved = list_checkpoints(run / "checkpoints")
+        if saved and int(saved[-1].name.removeprefix("step-")) > newer_than:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint within a minute")
+
+
+def test_ten_kills_at_random_moments(tiny, tmp_path):
+    """A checkpoint every tenth of a second, so that some of the kills strike while one is saved."""
+    recipe = tiny.write(
+        tmp_path / "recipe.yaml",
+        "autoencoder",
+        budget={"max_steps": 1_000_000},
+        run={"checkpoint_minutes": 1 / 600, "log_steps": 1},
+    )
+    run, moments, reached = tmp_path / "run", random.Random(0), -1
+    for kill in range(10):
+        process = start(recipe, run, *(["--resume"] if kill else []))
+        wait_for_checkpoint(run, process, newer_than=reached)
+        time.sleep(moments.random() * 0.5)
+        process.kill()
+        output, _ = process.communicate()
+        if kill:
+            assert f"going on from step {reached:,} " in output
+        checkpoint, damaged = newest_checkpoint(run / "checkpoints")
+        assert checkpoint is not None and damaged == []
+        assert checkpoint.step > reached
+        reached = checkpoint.step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_exits_with_130(tiny, tmp_path, number):
+    recipe = tiny.write(
+        tmp_path / "recipe.yaml",
+        "autoencoder",
+        budget={"max_steps": 1_000_000},
+        run={"checkpoint_minutes": 1 / 600},
+    )
+    run = tmp_path / "run"
+    process = start(recipe, run)
+    wait_for_checkpoint(run, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    step = int(output.split(f"stopped by {number.name} at step ")[1].split(";")[0].replace(",", ""))
+    checkpoint, _ = newest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == step
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(tiny, tmp_path):
+    """On a file system of 8 MB of its own, filled up while training goes on."""
+    recipe = tiny.write(
+        tmp_path / "recipe.yaml",
+        "autoencoder",
+        budget={"max_steps": 1_000_000},
+        run={"checkpoint_minutes": 1 / 600},
+    )
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    script = f"""
+        set -e
+        mount -t tmpfs -o size=8m tmpfs {disk}
+        {MEZZOTINT} train {recipe} --output {disk}/run 2>{tmp_path}/errors &
+        trainer=$!
+        until ls {disk}/run/checkpoints/step-* >/dev/null 2>&1; do sleep 0.05; done
+        dd if=/dev/zero of={disk}/filler bs=64k >/dev/null 2>&1 || true
+        set +e
+        wait $trainer
+        code=$?
+        cp -r {disk}/run {copy}
+        exit $code
+    """
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    errors = (tmp_path / "errors").read_text()
+    assert done.returncode == 2, done.stderr + errors
+    assert errors.count("\n") == 1 and "the disk is full" in errors and "is intact" in errors
+    checkpoint, damaged = newest_checkpoint(copy / "checkpoints")
+    assert checkpoint is not None and damaged == []
+    assert not [p for p in os.listdir(copy / "checkpoints") if p.endswith(".tmp")]
+
+
+def test_a_run_is_not_begun_again_over_another(tiny, tmp_path):
+    recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder")
+    first = start(recipe, tmp_path / "run")
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    second = start(recipe, tmp_path / "run")
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "already holds a run; go on with it by --resume" in errors
+
+
+def test_another_recipe_cannot_resume_a_run(tiny, tmp_path):
+    recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder")
+    assert start(recipe, tmp_path / "run").wait(60) == 0
+    other = tiny.write(tmp_path / "other.yaml", "autoencoder", seed=3, loss__l1=0.5)
+    process = start(other, tmp_path / "run", "--resume")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "begun with other values of loss.l1, seed" in errors
+
+
+def test_a_truncated_checkpoint_is_passed_by_and_named(tiny, tmp_path):
+    recipe = tiny.write(
+        tmp_path / "recipe.yaml", "autoencoder", run={"checkpoint_minutes": 1e-6}
+    )
+    assert start(recipe, tmp_path / "run").wait(60) == 0
+    older, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
+    file = newest / "autoencoder.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    longer = tiny.write(tmp_path / "longer.yaml", "autoencoder", budget={"max_steps": 6})
+    process = start(longer, tmp_path / "run", "--resume")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"passed by a damaged checkpoint: {file}" in output
+    assert f"going on from step {older.name.removeprefix('step-')}" in output
