@@ -60,7 +60,4 @@ def retrieval(features: Tensor, candidates: Tensor) -> Tensor:
         features: ``(B, d)``.
         candidates: ``(N, d)``.
     """
-    centre = candidates.mean(0)  # what all candidates share says nothing of which is which
-    a = F.normalize(features - centre, dim=1)
-    b = F.normalize(candidates - centre, dim=1)
-    return (a @ b.T).argmax(1)
+    return (F.normalize(features, dim=1) @ F.normalize(candidates, dim=1).T).argmax(1)
