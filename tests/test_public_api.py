@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,15 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_import_does_not_import_torch(statement: str) -> None:
     code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_component_folder_loads_through_the_package(tmp_path: Path) -> None:
+    script = (
+        "import sys, mezzotint;"
+        "c = mezzotint.models.AutoencoderKLConfig(block_out_channels=(32,), layers_per_block=1);"
+        "m = mezzotint.models.AutoencoderKL(c);"
+        "mezzotint.checkpoints.folder.save_component(m, __import__('pathlib').Path(sys.argv[1]));"
+        "n = mezzotint.checkpoints.folder.load_component(sys.argv[1]);"
+        "sys.exit(any((a != b).any() for a, b in zip(m.parameters(), n.parameters())))"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "vae")]).returncode == 0

@@ -1,4 +1,4 @@
-"""Latent diffusion, whole: train it, run it, measure it, serve it.
+"""Latent diffusion: train both stages, draw, and draw the same again.
 
 Importing this package does no work: names are resolved, and torch imported, at first use.
 """

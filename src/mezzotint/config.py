@@ -199,10 +199,9 @@ def _scalar(text: str, override: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 2e-4 as text because it has no point
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if not isinstance(value, str) or text.strip()[:1] in ("'", '"'):
+        return value
+    try:
+        return float(text)  # YAML 1.1 reads 2e-4 as text because it has no point
+    except ValueError:
+        return text  # as it was typed: YAML would drop what follows " #"

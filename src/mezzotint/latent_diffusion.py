@@ -1,6 +1,7 @@
 """A latent diffusion model: first stage, UNet, conditioner and schedule, composed; no loop."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 import torch
@@ -131,6 +132,11 @@ class LatentDiffusion(nn.Module):
         image_size: tuple[int, int],
     ) -> None:
         super().__init__()
+        if unet.config.in_channels < first_stage.latent_channels:
+            raise ConfigError(
+                f"unet: in_channels is {unet.config.in_channels}, but the first stage has"
+                f" {first_stage.latent_channels} latent channels"
+            )
         if unet.config.out_channels != first_stage.latent_channels:
             raise ConfigError(
                 f"unet: out_channels is {unet.config.out_channels}, but the first stage has"
@@ -201,8 +207,19 @@ class LatentDiffusion(nn.Module):
         return Denoiser(self.predict, self.schedule)
 
     def weights_hash(self) -> str:
-        """A short hash of every weight and statistic: what draws the same pictures has it."""
-        return fingerprint(self.state_dict().items())
+        """A short hash of weights, statistics, shapes, schedule and vocabulary.
+
+        Models that have the same one draw the same pictures.
+        """
+        settings = [
+            self.first_stage.config.to_dict(),
+            self.unet.config.to_dict(),
+            self.schedule_config.to_dict(),
+            self.conditioner.settings(),
+        ]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest.update(fingerprint(self.state_dict().items()).encode())
+        return digest.hexdigest()[:16]
 
 
 def check_divisible(name: str, size: int, factor: int) -> None:

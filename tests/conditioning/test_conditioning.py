@@ -34,14 +34,6 @@ def test_cat_pads_shorter_sequences_with_masked_tokens():
     assert joined.crossattn[0, 2:].abs().sum() == 0
 
 
-def test_where_takes_each_sample_from_one_of_the_two():
-    a = Conditioning(crossattn=torch.full((3, 2, 1), 1.0), vector=torch.tensor([1, 2, 3]))
-    b = Conditioning(crossattn=torch.full((3, 2, 1), 9.0), vector=torch.tensor([7, 8, 9]))
-    chosen = a.where(torch.tensor([True, False, True]), b)
-    assert chosen.vector.tolist() == [1, 8, 3]
-    assert chosen.crossattn[:, 0, 0].tolist() == [1.0, 9.0, 1.0]
-
-
 def test_a_dropped_caption_is_the_null():
     conditioner = text_conditioner()
     inputs = ConditionInputs(count=2, captions=CAPTIONS[:2])

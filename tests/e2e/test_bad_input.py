@@ -1,5 +1,6 @@
 """Each mistake ends with one line that names the fix, and exit code 2; run as a user runs it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -42,11 +43,13 @@ def images(folder: Path, count: int = 4) -> Path:
         (["data.path=pictures", "precision=float17"], "float17"),
         (["data.path=pictures", "batch_size=0"], "batch_size"),
         (["nonsense"], "dotted.key=value"),
+        (["loss.l1=0", "loss.l2=0", "loss.perceptual=0"], "one of l1, l2 and perceptual"),
+        (["data.resolution=16"], "too small for loss.perceptual"),
+        (["model.in_channels=1"], "in_channels must be 3"),
+        (["optimizer.betas=[2,0.9]"], "optimizer.betas"),
     ],
 )
 def test_train(tmp_path, overrides, message):
-    import re
-
     images(tmp_path / "pictures")
     (tmp_path / "empty").mkdir()
     sets = [part for override in overrides for part in ("--set", override)]
@@ -78,15 +81,36 @@ def test_a_first_stage_that_is_not_there(tiny, tmp_path):
     assert "no autoencoder here" in refused("train", str(recipe), cwd=tmp_path)
 
 
-def test_widths_that_do_not_fit(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["in_channels", "out_channels"])
+def test_widths_that_do_not_fit(tiny, tmp_path, name):
+    recipe = tiny.write(tmp_path / "recipe.yaml", "diffusion", **{f"unet__{name}": 3})
+    line = refused("train", str(recipe), cwd=tmp_path)
+    assert f"{name} is 3, but the first stage has 4 latent channels" in line
+
+
+def test_a_damaged_index(text_run, tmp_path):
+    model = shutil.copytree(text_run / "model", tmp_path / "model")
+    index = model / "model_index.json"
+    index.write_text(index.read_text().replace("image_size", "image_sise"))
+    assert "expected [height, width]" in refused("sample", "model", "a cat", cwd=tmp_path)
+
+
+def test_resuming_what_is_not_there(tiny, tmp_path):
+    recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder")
+    line = refused("train", str(recipe), "--output", "typo", "--resume", cwd=tmp_path)
+    assert "holds no run to go on with" in line
+
+
+def test_classes_in_another_order_than_the_data(tiny, tmp_path):
+    for name in ("hat", "shoe"):
+        images(tmp_path / "pictures" / name)
     recipe = tiny.write(
         tmp_path / "recipe.yaml",
         "diffusion",
-        first_stage={"kind": "identity"},
-        unet__in_channels=4,
+        data={"kind": "folder", "path": "pictures", "resolution": 32},
+        conditioning={"kind": "class", "width": 32, "class_names": ["shoe", "hat"]},
     )
-    line = refused("train", str(recipe), cwd=tmp_path)
-    assert "out_channels is 4, but the first stage has 3 latent channels" in line
+    assert "the data has hat, shoe" in refused("train", str(recipe), cwd=tmp_path)
 
 
 def test_a_truncated_model(text_run, tmp_path):

@@ -52,6 +52,41 @@ def test_ten_kills_at_random_moments(tiny, tmp_path):
         assert checkpoint is not None and damaged == []
         assert checkpoint.step > reached
         reached = checkpoint.step
+    # what the kills left half written is gone with the next checkpoint
+    process = start(recipe, run, "--resume")
+    wait_for_checkpoint(run, process, newer_than=reached)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_kills_while_both_stages_are_trained(tiny, tmp_path):
+    """Wherever they strike, the first stage, the encoding or the second, the run ends well."""
+    quick = {"run": {"checkpoint_minutes": 1 / 600}, "precision": "float32"}
+    first = tiny.write(tmp_path / "first.yaml", "autoencoder", budget={"max_steps": 60}, **quick)
+    recipe = tiny.write(
+        tmp_path / "recipe.yaml",
+        "diffusion",
+        first_stage={"kind": "trained", "recipe": str(first)},
+        budget={"max_steps": 60},
+        **quick,
+    )
+    run, moments, kills = tmp_path / "run", random.Random(1), 0
+    for _ in range(30):
+        process = start(recipe, run, *(["--resume"] if (run / "recipe.yaml").is_file() else []))
+        try:
+            process.wait(timeout=2.5 + 3 * moments.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, process.stderr.read()
+        break
+    assert kills >= 1
+    checkpoint, damaged = newest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 60 and damaged == []
+    assert (run / "model" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -129,9 +164,7 @@ def test_another_recipe_cannot_resume_a_run(tiny, tmp_path):
 
 
 def test_a_truncated_checkpoint_is_passed_by_and_named(tiny, tmp_path):
-    recipe = tiny.write(
-        tmp_path / "recipe.yaml", "autoencoder", run={"checkpoint_minutes": 1e-6}
-    )
+    recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder", run={"checkpoint_minutes": 1e-6})
     assert start(recipe, tmp_path / "run").wait(60) == 0
     older, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
     file = newest / "autoencoder.safetensors"

@@ -1,11 +1,14 @@
 """The same request draws the same picture, alone or in company, now or later."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import RequestError
+from mezzotint.generation.generate import generate, generate_each
 from mezzotint.generation.metadata import read_request, write_png
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.generation.replay import replay
@@ -42,6 +45,31 @@ def test_replay_is_bit_for_bit(text_run, tmp_path, precision, index):
     again = replay(path)
     assert again.image.tobytes() == drawn[index].image.tobytes()
     assert again.request == drawn[index].request == read_request(path)
+
+
+def test_a_picture_drawn_beside_other_captions_is_replayed(text_run, tmp_path):
+    pipeline = load(text_run)
+    prompts = ["a red apple", "a very long caption about a blue car", "", "a robot"]
+    requests = [pipeline.request(prompt=p, seed=k, steps=3) for k, p in enumerate(prompts)]
+    for item in generate_each(pipeline, requests):
+        write_png(item.image, item.request, tmp_path / "picture.png")
+        assert replay(tmp_path / "picture.png").image.tobytes() == item.image.tobytes()
+
+
+def test_replay_refuses_a_model_with_another_schedule(text_run, tmp_path):
+    model = shutil.copytree(text_run / "model", tmp_path / "model")
+    drawn = load(model).generate("a rocket", steps=1)
+    write_png(drawn[0].image, drawn[0].request, tmp_path / "picture.png")
+    schedule = model / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("0.00085", "0.0008"))
+    with pytest.raises(RequestError, match="drawn by a model with the hash"):
+        replay(tmp_path / "picture.png")
+
+
+def test_a_request_for_another_task_is_refused(text_run, class_run):
+    request = load(class_run).request(class_label=0)
+    with pytest.raises(RequestError, match="'text-to-image', not 'class-to-image'"):
+        generate(load(text_run), request)
 
 
 def test_replay_refuses_another_model(text_run, class_run, tmp_path):

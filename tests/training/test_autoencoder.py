@@ -80,9 +80,11 @@ def test_codes_are_counted_over_an_epoch_and_dead_ones_reseeded(tiny):
     assert task.model.quantize.embedding.weight.abs().max() < 100
 
 
-@pytest.mark.parametrize("model", ["kl", "vq"])
+@pytest.mark.parametrize("model", ["kl", "kl channels last", "vq"])
 def test_resumed_equals_uninterrupted(tiny, tmp_path, model):
     changes = {"loss__adversarial": ADVERSARY, "ema_decay": 0.9}
+    if model.endswith("last"):
+        changes["channels_last"] = True
     if model == "vq":
         changes["model"] = VQ
     whole = tiny.train(tiny.autoencoder(**changes, budget={"max_steps": 15}), tmp_path / "whole")

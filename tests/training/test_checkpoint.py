@@ -49,6 +49,21 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damag
     assert len(sentences) == 1 and str(newest) in sentences[0]
 
 
+def test_going_back_behind_a_damaged_one_keeps_what_is_new(tmp_path):
+    save(tmp_path, 50)
+    (save(tmp_path, 100) / "w.safetensors").write_bytes(b"")
+    save_checkpoint(tmp_path, 60, {"w": {"a": torch.zeros(1)}}, {}, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-60"]
+
+
+def test_the_same_step_is_saved_anew(tmp_path):
+    save(tmp_path, 5)
+    save_checkpoint(tmp_path, 5, {"w": {"a": torch.zeros(1)}}, {"s": 6})
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.values == {"s": 6}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+
+
 def test_all_damaged_is_an_error(tmp_path):
     (save(tmp_path, 1) / "w.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="No whole checkpoint is left"):

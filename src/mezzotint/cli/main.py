@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="mezzotint",
-    help="Latent diffusion, whole: train it, run it, measure it.",
+    help="Latent diffusion: train both stages, draw, and draw the same again.",
     no_args_is_help=True,
     add_completion=False,
     # a fault of Mezzotint's own shows Python's traceback, which a report can quote
@@ -39,7 +39,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
     ] = False,
 ) -> None:
-    """Latent diffusion, whole: train it, run it, measure it."""
+    """Latent diffusion: train both stages, draw, and draw the same again."""
 
 
 def main() -> None:

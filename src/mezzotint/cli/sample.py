@@ -10,7 +10,7 @@ __all__ = ["sample"]
 
 def sample(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's folder, or a shipped name.")
+        str, typer.Argument(metavar="MODEL", help="The folder of a model or of a finished run.")
     ],
     prompts: Annotated[
         list[str] | None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,41 +62,9 @@ class Conditioning:
         ones = torch.ones(self.crossattn.shape[:2], dtype=torch.bool, device=self.crossattn.device)
         return replace(self, crossattn_mask=ones)
 
-    def select(self, index: Tensor | slice) -> "Conditioning":
-        """Take samples of the batch by index."""
-        return self._map(lambda tensor: tensor[index])
-
     def repeat(self, count: int) -> "Conditioning":
         """Repeat a batch of one ``count`` times."""
         return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
-
-    def to(self, device: torch.device | str) -> "Conditioning":
-        """Move every tensor to a device."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def where(self, keep: Tensor, other: "Conditioning") -> "Conditioning":
-        """Take ``self`` where ``keep`` is true and ``other`` elsewhere (condition dropout).
-
-        Args:
-            keep: ``(B,)`` bool.
-            other: A value of the same batch size with the same conditions present.
-        """
-        if self.crossattn is not None and other.crossattn is not None:
-            length = max(self.crossattn.shape[1], other.crossattn.shape[1])
-            mine, theirs = self.pad(length), other.pad(length)
-            if mine.crossattn_mask is not None or theirs.crossattn_mask is not None:
-                mine, theirs = mine.with_mask(), theirs.with_mask()
-        else:
-            mine, theirs = self, other
-        chosen: dict[str, Tensor | None] = {}
-        for field in fields(self):
-            a, b = getattr(mine, field.name), getattr(theirs, field.name)
-            assert (a is None) == (b is None), f"only one of the two has {field.name}"
-            if a is None:
-                chosen[field.name] = None
-            else:
-                chosen[field.name] = torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b)
-        return Conditioning(**chosen)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -151,6 +120,10 @@ class Conditioner(nn.Module):
     def null(self, count: int) -> Conditioning:
         """Return the condition that says nothing, for ``count`` samples."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that decides its output beside the weights, as plain values."""
+        return {}
 
     def require(self, value: object, inputs: ConditionInputs) -> None:
         """Raise a RequestError that says what this model wants, unless ``value`` is given."""

@@ -1,6 +1,6 @@
 """Class labels as one learned token for cross-attention (paper, appendix E.2.1)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -45,6 +45,10 @@ class ClassConditioner(Conditioner):
         names = ", ".join(config.class_names[:8])
         more = ", …" if len(config.class_names) > 8 else ""
         self.description = f"a class (--class, one of: {names}{more})"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration."""
+        return self.config.to_dict()
 
     def index_of(self, label: str | int) -> int:
         """Return the index of a class given by name or index.

@@ -6,7 +6,7 @@ jointly with the UNet. Here the vocabulary is trained on the captions themselves
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -140,6 +140,10 @@ class TextConditioner(Conditioner):
         self.final_norm = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def settings(self) -> dict[str, Any]:
+        """Return configuration and tokenizer."""
+        return {**self.config.to_dict(), "tokenizer": self.tokenizer.to_str()}
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return token ids and mask, both ``(B, max_length)``.

@@ -284,7 +284,12 @@ def _class_names(
     ):
         # a class that one split lacks must not renumber the others
         siblings = [p for p in root.parent.iterdir() if p.is_dir() and p.name in _SPLITS]
-        found |= {p.name for folder in siblings for p in folder.iterdir() if p.is_dir()}
+        found |= {
+            p.name
+            for folder in siblings
+            for p in folder.iterdir()
+            if p.is_dir() and not p.name.startswith(".")
+        }
     return tuple(sorted(found))
 
 

@@ -91,6 +91,14 @@ def generate_each(
     Raises:
         RequestError: If the model cannot give what is asked.
     """
+    if batch_size is not None and batch_size < 1:
+        raise RequestError(f"batch_size: must be at least 1, got {batch_size}")
+    for request in requests:
+        if request.task != pipeline.task:
+            raise RequestError(
+                f"{pipeline.name}: the model wants {pipeline.model.conditioner.description}; its"
+                f" task is {pipeline.task!r}, not {request.task!r}"
+            )
     height, width = _size(pipeline, requests[0])
     count = batch_size or max(1, _PIXELS_AT_ONCE // (height * width))
     count = min(count, len(requests))
@@ -175,12 +183,14 @@ def _draw_batch(
     sigmas = sampler.sigmas(model.schedule, first.steps, first.spacing)
     shape = model.latent_shape(height, width)
     rng = SampleNoise([r.seed for r in rows])
+    # without a condition there is nothing to be guided towards
+    scale = first.guidance_scale if model.conditioner.wants is not None else 1.0
     with autocast(execution):
         cond = model.conditioner(_inputs(pipeline, rows))
         guided = ClassifierFreeGuidance(
             model.denoiser,
-            _null(pipeline, rows) if first.guidance_scale != 1.0 else None,
-            first.guidance_scale,
+            _null(pipeline, rows) if scale != 1.0 else None,
+            scale,
             rescale=first.guidance_rescale,
         )
         noise = rng.normal(shape).to(execution.device)

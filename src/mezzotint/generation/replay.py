@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mezzotint.errors import RequestError
+from mezzotint.device import select_device
+from mezzotint.errors import ConfigError, RequestError
 from mezzotint.generation.generate import GeneratedImage, generate_each
 from mezzotint.generation.metadata import read_request
 from mezzotint.generation.pipeline import load
@@ -24,6 +25,14 @@ def _thread_count(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
+def _present(device: str) -> bool:
+    try:
+        select_device(device)
+    except ConfigError:
+        return False
+    return True
+
+
 def replay(path: Path, model: str | None = None, device: str = "auto") -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
@@ -32,7 +41,8 @@ def replay(path: Path, model: str | None = None, device: str = "auto") -> Genera
     Args:
         path: A PNG drawn by Mezzotint.
         model: Where the model is now, if it has moved.
-        device: Where to draw; another kind of device may differ in the last bit.
+        device: Where to draw; ``auto`` is where it was drawn, if that device is here. Another kind
+            of device may differ in the last bit.
 
     Raises:
         RequestError: If the picture holds no request, or the model is not the one that drew it.
@@ -41,6 +51,8 @@ def replay(path: Path, model: str | None = None, device: str = "auto") -> Genera
     resolved = request.resolved
     if resolved is None or (request.model is None and model is None):
         raise RequestError(f"{path}: its request does not say which model drew it")
+    if device == "auto":
+        device = resolved.device if _present(resolved.device) else "cpu"
     pipeline = load(model or str(request.model), device, resolved.precision)
     if pipeline.model_hash != resolved.model_hash:
         raise RequestError(

@@ -38,12 +38,21 @@ class Resolved(Config):
     precision: str
     engine: str
     device: str
-    threads: Count
-    batch_size: Count
+    # bounded, because a picture from a stranger says these too
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
     batch_row: Annotated[int, Field(ge=0)]
     image_index: Annotated[int, Field(ge=0)]
     mezzotint_version: str
     torch_version: str
+
+    @model_validator(mode="after")
+    def _row_of_batch(self) -> Self:
+        if self.batch_row >= self.batch_size:
+            raise ValueError(
+                f"batch_row {self.batch_row} is not a row of a batch of {self.batch_size}"
+            )
+        return self
 
 
 class GenerationRequest(Document):
@@ -85,8 +94,8 @@ class GenerationRequest(Document):
     guidance_scale: Finite = 3.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     eta: Finite | None = None
-    width: Count | None = None
-    height: Count | None = None
+    width: Annotated[int, Field(ge=1, le=16384)] | None = None
+    height: Annotated[int, Field(ge=1, le=16384)] | None = None
     model: str | None = None
     resolved: Resolved | None = None
 

@@ -13,7 +13,7 @@ from mezzotint.checkpoints.model import save_first_stage
 from mezzotint.data.base import ImageData
 from mezzotint.device import Execution, autocast
 from mezzotint.evaluation.grids import image_grid
-from mezzotint.latent_diffusion import LatentNormalization, encode_moments, fingerprint
+from mezzotint.latent_diffusion import LatentNormalization, encode_moments
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
 from mezzotint.models.discriminator import (
     PatchDiscriminator,
@@ -38,6 +38,7 @@ from mezzotint.training.recipe import AutoencoderRecipe
 __all__ = ["AutoencoderTask", "to_pixels"]
 
 _PREVIEWS = 8
+_VECTORS_PER_CODE = 4
 _MEASURED = 4096  # images over which the latent scale is measured; a scalar needs no more
 
 
@@ -53,7 +54,6 @@ class AutoencoderTask:
         recipe: What to train.
         data: The images.
         execution: Device and precision.
-        previews: Images for the reconstruction grids; the training data if left out.
     """
 
     def __init__(
@@ -61,10 +61,8 @@ class AutoencoderTask:
         recipe: AutoencoderRecipe,
         data: ImageData,
         execution: Execution,
-        previews: ImageData | None = None,
     ) -> None:
         self.recipe, self.data, self.execution = recipe, data, execution
-        self.previews = previews or data
         device = execution.device
         torch.manual_seed(mix(recipe.seed, 0x1217))
         config = recipe.model
@@ -174,14 +172,27 @@ class AutoencoderTask:
         return [mix(self.recipe.seed, 0x5A3, first + k) for k in range(count)]
 
     def _end_epoch(self, model: VQModel, step: int, z: Tensor) -> dict[str, Tensor | float]:
-        """At the end of an epoch: report code usage, and re-seed the codes that nobody chose."""
+        """At the end of an epoch: report code usage, and re-seed the codes that nobody chose.
+
+        Where an epoch has hardly more vectors than there are codes, a code that nobody chose says
+        nothing: the count then goes on over several epochs.
+        """
         seen = (step + 1) * self.images_per_step
+        quantizer = model.quantize
         if seen // len(self.data) == (seen - self.images_per_step) // len(self.data):
             return {}
-        quantizer = model.quantize
-        used = (quantizer.usage > 0).float().mean()
+        if int(quantizer.usage.sum()) < _VECTORS_PER_CODE * quantizer.usage.numel():
+            return {}
+        dead = quantizer.usage == 0
+        used = 1.0 - dead.float().mean()
         quantizer.reseed_dead(z, keyed_generator(self.recipe.seed, 0xDEAD, step))
         quantizer.reset_usage()
+        # what was averaged and estimated for the old codes says nothing of the new ones
+        codes = quantizer.embedding.weight
+        for key in ("exp_avg", "exp_avg_sq"):
+            self.optimizer.state[codes][key][dead] = 0.0
+        if self.ema is not None:
+            self.ema.average["quantize.embedding.weight"][dead] = codes.detach()[dead].float()
         return {"code_usage": used}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -215,8 +226,10 @@ class AutoencoderTask:
     @torch.no_grad()
     def draw_samples(self, path: Path) -> None:
         """Draw originals above their reconstructions."""
-        count = min(_PREVIEWS, len(self.previews))
-        images = torch.stack([self.previews.load(k).image for k in range(count)])
+        count = min(_PREVIEWS, len(self.data))
+        # spread over the data: a folder's first images are all of one class
+        places = [k * len(self.data) // count for k in range(count)]
+        images = torch.stack([self.data.load(k).image for k in places])
         with self._averaged():
             self.model.eval()
             pixels = to_pixels(images, self.execution.device)
@@ -238,9 +251,10 @@ class AutoencoderTask:
         with self._averaged():
             self.model.eval()
             moments: list[Tensor] = []
-            for start in range(0, min(len(self.data), _MEASURED), 32):
-                indices = range(start, min(len(self.data), start + 32))
-                images = torch.stack([self.data.load(k).image for k in indices])
+            # all images, or as many drawn from the whole: a folder's first are all of one class
+            order = torch.randperm(len(self.data), generator=keyed_generator(self.recipe.seed))
+            for indices in order[:_MEASURED].split(32):
+                images = torch.stack([self.data.load(k).image for k in indices.tolist()])
                 pixels = to_pixels(images, self.execution.device)
                 moments.append(encode_moments(self.model, pixels).float().cpu())
             measured = LatentNormalization.measure(
@@ -249,10 +263,6 @@ class AutoencoderTask:
                 per_channel=self.recipe.normalization == "channel",
             )
             save_first_stage(self.model, measured, folder / "vae")
-
-    def fingerprint(self) -> str:
-        """A content hash of the weights."""
-        return fingerprint(self.model.state_dict().items())
 
 
 def _reconstruction_terms(

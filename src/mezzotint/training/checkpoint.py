@@ -90,7 +90,10 @@ def save_checkpoint(
         state = {"format_version": 1, "step": step, "sha256": digests, "values": dict(values)}
         _write_synced(temporary / _STATE, json.dumps(state, indent=1).encode())
         _sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            # rewritten at the end of a run: the old one steps aside, so that one is always there
+            aside = folder / f".step-{step}.{os.getpid()}.old.tmp"
+            final.rename(aside)
         temporary.rename(final)
         _sync_folder(folder)
     except OSError as error:
@@ -102,9 +105,19 @@ def save_checkpoint(
             f"{final}: cannot save the checkpoint: {reason}; {previous}. Free space and go on with"
             " --resume"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
+    saved = list_checkpoints(folder)
+    # what stands after this step was damaged, and the run has gone back behind it
+    place = saved.index(final) + 1
+    for old in (*saved[: max(0, place - keep)], *saved[place:]):
         shutil.rmtree(old, ignore_errors=True)
+    remove_unfinished(folder)
     return final
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -172,7 +185,8 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             damaged.append(str(error))
     if damaged:
         raise CheckpointError(
-            "; ".join(damaged) + ". No whole checkpoint is left: start again without --resume"
+            "; ".join(damaged)
+            + f". No whole checkpoint is left: delete {folder.parent}, or choose another --output"
         )
     return None, damaged
 
@@ -187,11 +201,17 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Take back what `flatten_optimizer` gave; the hyper-parameters stay those of the recipe."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # a fused step pairs the memory of weights and moments: both must lie alike in it
+            value = torch.empty_like(parameter).copy_(value)
         entries.setdefault(int(index), {})[key] = value
     state = optimizer.state_dict()
     state["state"] = entries

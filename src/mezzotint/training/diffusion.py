@@ -14,10 +14,11 @@ from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.loss import diffusion_loss
+from mezzotint.errors import TrainingError
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.pipeline import Pipeline
-from mezzotint.latent_diffusion import LatentDiffusion, encode_moments
+from mezzotint.latent_diffusion import LatentDiffusion, encode_moments, fingerprint
 from mezzotint.models.autoencoder import AutoencoderKL
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
@@ -178,17 +179,43 @@ class DiffusionTask:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return everything that a resumed run needs."""
-        normalization = self.model.normalization
         tensors = {
             "weights": dict(self.trained.state_dict()),
             "ema": self.ema.state_dict(),
             "optimizer": flatten_optimizer(self.optimizer),
-            "normalization": {"mean": normalization.mean, "std": normalization.std},
         }
-        return tensors, {}
+        return tensors, {"inputs": self._inputs()}
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the weights were trained on: with anything else they are worth nothing."""
+        return {
+            "first_stage": fingerprint(
+                [
+                    *self.model.first_stage.state_dict().items(),
+                    *self.model.normalization.state_dict().items(),
+                ]
+            ),
+            "data": self.data.fingerprint,
+            "classes": list(self.data.class_names or ()),
+        }
 
     def load_state(self, checkpoint: Checkpoint) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave.
+
+        Raises:
+            TrainingError: If the first stage or the data are not those of the checkpoint.
+        """
+        saved = checkpoint.values["inputs"]
+        for name, words in (
+            ("first_stage", "the autoencoder, or the statistics of its latents,"),
+            ("classes", "the classes of the data"),
+            ("data", "the images, or what is said of them,"),
+        ):
+            if saved[name] != self._inputs()[name]:
+                raise TrainingError(
+                    f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
+                    " back as they were, or start anew with another --output"
+                )
         tensors = checkpoint.tensors
         self.trained.load_state_dict(tensors["weights"])
         self.ema.load_state_dict(tensors["ema"])
@@ -207,7 +234,8 @@ class DiffusionTask:
         labels: list[str] = []
         requests = []
         for k in range(_PREVIEWS):
-            caption, label = self.data.describe(k % len(self.data), None)
+            # spread over the data: a folder's first images are all of one class
+            caption, label = self.data.describe(k * len(self.data) // _PREVIEWS, None)
             fields: dict[str, Any] = {**common, "seed": k}
             if self.model.conditioner.wants == "caption":
                 fields["prompt"] = caption or ""

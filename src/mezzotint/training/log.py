@@ -124,8 +124,8 @@ class RunLog:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Close the files."""
-        self._text.close()
-        self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        """Close the files; what a full disk keeps from being written is lost."""
+        for file in (self._text, self._metrics, self._board):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()

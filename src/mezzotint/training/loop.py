@@ -137,6 +137,8 @@ def run_loop(
     last_saved = last_drawn = clock.seconds
 
     def save() -> None:
+        # never push a good checkpoint out by one that is no longer a number
+        _check_finite(log.flush(step, clock.seconds, task.images_per_step), step, folder)
         tensors, values = task.state()
         values["seconds"] = clock.seconds
         save_checkpoint(folder / "checkpoints", step, tensors, values, run.keep_checkpoints)
@@ -147,8 +149,7 @@ def run_loop(
             step += 1
             log.collect(values)
             if step % run.log_steps == 0:
-                averages = log.flush(step, clock.seconds, task.images_per_step)
-                _check_finite(averages, step, folder)
+                _check_finite(log.flush(step, clock.seconds, task.images_per_step), step, folder)
             display(progress, clock.seconds, step)
             if stopped:
                 save()
@@ -162,10 +163,9 @@ def run_loop(
                 with clock.paused():
                     task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
                 last_drawn = clock.seconds
-    _check_finite(log.flush(step, clock.seconds, task.images_per_step), step, folder)
     save()
-    task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
     task.export(folder / "model")
+    task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
     log.event(f"done after {step:,} steps and {clock.seconds / 60:.1f} minutes: {folder / 'model'}")
 
 

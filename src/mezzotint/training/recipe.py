@@ -43,7 +43,10 @@ class OptimizerConfig(Config):
     """
 
     learning_rate: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -133,6 +136,12 @@ class AutoencoderLossConfig(Config):
     perceptual_network: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig | None = AdversarialConfig()
 
+    @model_validator(mode="after")
+    def _some_reconstruction(self) -> "AutoencoderLossConfig":
+        if not (self.l1 or self.l2 or self.perceptual):
+            raise ValueError("one of l1, l2 and perceptual must be above 0")
+        return self
+
 
 class AutoencoderRecipe(_RecipeBase):
     """How to train a first stage (paper, section 3.1)."""
@@ -148,6 +157,23 @@ class AutoencoderRecipe(_RecipeBase):
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoencoderRecipe":
+        for name in ("in_channels", "out_channels"):
+            if getattr(self.model, name) != 3:
+                raise ValueError(f"model.{name} must be 3: the data are RGB images")
+        least = {"data.resolution": 1, "loss.pooled_l1": 4 if self.loss.pooled_l1 else 1}
+        if self.loss.perceptual:
+            least["loss.perceptual"] = 32
+        if self.loss.adversarial is not None:
+            discriminator = self.loss.adversarial.discriminator
+            if discriminator.in_channels != 3:
+                raise ValueError("loss.adversarial.discriminator.in_channels must be 3")
+            least["loss.adversarial"] = 3 * 2 ** (discriminator.layers - 1)
+        key = max(least, key=lambda name: least[name])
+        if self.data.resolution < least[key]:
+            raise ValueError(
+                f"data.resolution {self.data.resolution} is too small for {key}, which needs"
+                f" {least[key]} pixels"
+            )
         if self.model.kind == "vq" and self.normalization == "channel":
             raise ValueError("normalization: 'channel' is for KL first stages, not for vq")
         if self.data.resolution % self.model.factor:
@@ -229,6 +255,11 @@ class DiffusionRecipe(_RecipeBase):
             raise ValueError(
                 f"unet.cross_attention_dim is {self.unet.cross_attention_dim}, but the conditioning"
                 f" gives {'no tokens' if wanted is None else f'tokens of width {wanted}'}"
+            )
+        if self.sample_steps > self.schedule.num_train_timesteps:
+            raise ValueError(
+                f"sample_steps {self.sample_steps} is more than schedule.num_train_timesteps"
+                f" {self.schedule.num_train_timesteps}"
             )
         return self
 

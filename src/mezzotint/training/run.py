@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from mezzotint.checkpoints.model import load_first_stage
@@ -67,7 +68,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path = Path(str(resources.files("mezzotint").joinpath("recipes", f"{recipe}.yaml")))
     data = apply_overrides(read_yaml(path), overrides)
     kind = data.get("kind")
-    if kind not in _KINDS:
+    if str(kind) not in _KINDS:
         given = "missing" if kind is None else f"{kind!r}"
         raise ConfigError(f"{path}: kind is {given}; {nearest(str(kind), _KINDS)}")
     return _KINDS[str(kind)].from_dict(data, str(recipe))
@@ -110,11 +111,14 @@ def train(
         keep_freed_memory()
     data = open_data(recipe.data)
     _claim(folder, recipe, resume)
-    log = RunLog(folder, recipe.name, console or Console())
+    log: RunLog | None = None
     try:
+        log = RunLog(folder, recipe.name, console or Console())
         for reason in execution.reasons:
             log.event(reason)
         log.event(f"{len(data):,} images")
+        if data.faults:
+            log.event(f"{len(data.faults):,} broken images are skipped")
         for fault in data.faults:
             log.event(f"skipped {fault.name}: {fault.reason}")
         if isinstance(recipe, AutoencoderRecipe):
@@ -132,38 +136,48 @@ def train(
             log=log,
             checkpoint=checkpoint,
         )
-    except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written: {error}") from error
+    # safetensors raises an error of its own where a file cannot be written
+    except (OSError, SafetensorError) as error:
+        saved = list_checkpoints(folder / "checkpoints")
+        kept = f"; {saved[-1]} is intact, free space and go on with --resume" if saved else ""
+        reason = "the disk is full" if "o space left" in str(error) else str(error)
+        raise TrainingError(f"{folder}: cannot be written: {reason}{kept}") from error
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     return folder
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Make the run folder the recipe's, or refuse it."""
     record = folder / "recipe.yaml"
-    if record.is_file() and resume:
-        stored = read_yaml(record)
-        different = _differences(stored, recipe.to_dict())
+    if resume and not record.is_file():
+        raise TrainingError(f"{folder}: holds no run to go on with; check --output")
+    if resume:
+        stored = _KINDS[recipe.kind].from_dict(read_yaml(record), str(record))
+        different = _differences(stored.to_dict(), recipe.to_dict())
         if different:
             raise ConfigError(
                 f"{folder}: this run was begun with other values of {', '.join(different)};"
                 " go on with the same ones, or start anew with another --output"
             )
-    elif list_checkpoints(folder / "checkpoints") or (folder / "model").exists():
-        if not resume:
-            raise TrainingError(
-                f"{folder}: already holds a run; go on with it by --resume, or choose another"
-                " --output"
-            )
-        raise TrainingError(f"{record}: missing, so this run cannot be resumed")
+    elif _holds_run(folder) or _holds_run(folder / "first_stage"):
+        raise TrainingError(
+            f"{folder}: already holds a run; go on with it by --resume, or choose another --output"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (folder / "tokenizer.json").unlink(missing_ok=True)
         temporary = record.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(to_yaml(recipe), encoding="utf-8")
         temporary.replace(record)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be written: {error}") from None
+
+
+def _holds_run(folder: Path) -> bool:
+    return bool(list_checkpoints(folder / "checkpoints")) or (folder / "model").exists()
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
@@ -201,12 +215,7 @@ def _diffusion_task(
         )
     first_stage, normalization = _first_stage(recipe, folder, resume, device, log)
     first_stage = first_stage.to(execution.device)
-    factor = first_stage.factor
-    if recipe.data.resolution % factor:
-        raise ConfigError(
-            f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
-            f" f = {factor}"
-        )
+    _check_factor(recipe, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder)
     cache: LatentCache | None = None
     if recipe.latent_variants:
@@ -231,6 +240,14 @@ def _diffusion_task(
     return DiffusionTask(recipe, model, data, cache, execution)
 
 
+def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
+    if recipe.data.resolution % factor:
+        raise ConfigError(
+            f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
+            f" f = {factor}"
+        )
+
+
 def _first_stage(
     recipe: DiffusionRecipe, folder: Path, resume: bool, device: str, log: RunLog
 ) -> tuple[FirstStage, LatentNormalization]:
@@ -239,7 +256,7 @@ def _first_stage(
     if not isinstance(config, TrainedFirstStage):
         return IdentityFirstStage(config), LatentNormalization.from_scale_factor(1.0)
     if config.path is not None:
-        path = Path(config.path)
+        path = Path(config.path).expanduser()
         for candidate in (path, path / "vae", path / "model" / "vae"):
             if (candidate / "config.json").is_file():
                 return load_first_stage(candidate)
@@ -251,6 +268,11 @@ def _first_stage(
     stage = folder / "first_stage"
     if not (stage / "model" / "vae" / "config.json").is_file():
         first = load_recipe(config.recipe)
+        if not isinstance(first, AutoencoderRecipe):
+            raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
+        _check_factor(recipe, first.model.factor)
+        log.event(f"training the first stage by its own recipe, {config.recipe}")
+        resume = resume and (stage / "recipe.yaml").is_file()
         train(first, output=stage, resume=resume, device=device, console=log.console)
     return load_first_stage(stage / "model" / "vae")
 
@@ -262,6 +284,11 @@ def _conditioner(recipe: DiffusionRecipe, data: ImageData, folder: Path) -> Cond
         return TextConditioner(config, _tokenizer(data, config.vocab_size, folder))
     if config.kind == "class":
         assert data.class_names is not None
+        if config.class_names and config.class_names != data.class_names:
+            raise ConfigError(
+                f"conditioning.class_names are {', '.join(config.class_names)}, but the data has"
+                f" {', '.join(data.class_names)}; leave the key out to take those"
+            )
         if not config.class_names:
             config = config.model_copy(update={"class_names": data.class_names})
         return ClassConditioner(config)
