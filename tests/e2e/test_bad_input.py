@@ -34,8 +34,9 @@ def images(folder: Path, count: int = 4) -> Path:
     ("overrides", "message"),
     [
         (["data.path=nowhere"], "nowhere"),
-        (["data.path=empty"], "no images"),
-        (["data.path=pictures", "data.caption_column=text"], "text"),
+        (["data.path=empty", "data.split=null"], "no images"),
+        (["data.path=pictures", "data.split=null", "data.caption_column=text"], "no column 'text'"),
+        (["data.path=pictures"], "no folder 'train'"),
         (["data.path=pictures", "data.resolution=50"], "50 is not divisible by .* f = 4"),
         (["data.path=pictures", "model.block_out_channels=null", "model.factor=3"], "power of two"),
         (["data.path=pictures", "optimizer.learning_rat=1"], "did you mean 'learning_rate'"),
@@ -141,8 +142,9 @@ def test_too_many_broken_images(tiny, tmp_path):
     folder = images(tmp_path / "pictures", 20)
     for k in range(3):
         (folder / f"{k}.png").write_bytes(b"not a picture")
-    line = refused("train", "folder-autoencoder", "--set", f"data.path={folder}", cwd=tmp_path)
-    assert "3" in line and "0.png" in line
+    sets = ["--set", f"data.path={folder}", "--set", "data.split=null"]
+    line = refused("train", "folder-autoencoder", *sets, cwd=tmp_path)
+    assert "3 of 20 images are broken" in line and "0.png" in line
 
 
 def test_a_broken_image_is_skipped_counted_and_named(tiny, tmp_path):

@@ -20,6 +20,13 @@ def start(recipe: Path, run: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(recipe: Path, run: Path, *options: str) -> tuple[int, str, str]:
+    """Train to the end: exit code, output, errors."""
+    process = start(recipe, run, *options)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
 def wait_for_checkpoint(run: Path, process: subprocess.Popen, newer_than: int = -1) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -75,13 +82,13 @@ def test_kills_while_both_stages_are_trained(tiny, tmp_path):
     for _ in range(30):
         process = start(recipe, run, *(["--resume"] if (run / "recipe.yaml").is_file() else []))
         try:
-            process.wait(timeout=2.5 + 3 * moments.random())
+            _, errors = process.communicate(timeout=3 + 3 * moments.random())
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
             continue
-        assert process.returncode == 0, process.stderr.read()
+        assert process.returncode == 0, errors
         break
     assert kills >= 1
     checkpoint, damaged = newest_checkpoint(run / "checkpoints")
@@ -144,34 +151,29 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tiny, tmp_path):
 
 def test_a_run_is_not_begun_again_over_another(tiny, tmp_path):
     recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder")
-    first = start(recipe, tmp_path / "run")
-    first.communicate(timeout=60)
-    assert first.returncode == 0
-    second = start(recipe, tmp_path / "run")
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 2
+    assert finish(recipe, tmp_path / "run")[0] == 0
+    code, _, errors = finish(recipe, tmp_path / "run")
+    assert code == 2
     assert "already holds a run; go on with it by --resume" in errors
 
 
 def test_another_recipe_cannot_resume_a_run(tiny, tmp_path):
     recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder")
-    assert start(recipe, tmp_path / "run").wait(60) == 0
+    assert finish(recipe, tmp_path / "run")[0] == 0
     other = tiny.write(tmp_path / "other.yaml", "autoencoder", seed=3, loss__l1=0.5)
-    process = start(other, tmp_path / "run", "--resume")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
+    code, _, errors = finish(other, tmp_path / "run", "--resume")
+    assert code == 2
     assert "begun with other values of loss.l1, seed" in errors
 
 
 def test_a_truncated_checkpoint_is_passed_by_and_named(tiny, tmp_path):
     recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder", run={"checkpoint_minutes": 1e-6})
-    assert start(recipe, tmp_path / "run").wait(60) == 0
+    assert finish(recipe, tmp_path / "run")[0] == 0
     older, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
     file = newest / "autoencoder.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     longer = tiny.write(tmp_path / "longer.yaml", "autoencoder", budget={"max_steps": 6})
-    process = start(longer, tmp_path / "run", "--resume")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    code, output, _ = finish(longer, tmp_path / "run", "--resume")
+    assert code == 0
     assert f"passed by a damaged checkpoint: {file}" in output
     assert f"going on from step {older.name.removeprefix('step-')}" in output

