@@ -70,9 +70,9 @@ def check_template(template: str) -> None:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"template {template!r}: {error}") from None
+    if not fields or set(fields) != {"caption"}:
+        raise ValueError(f"template {template!r}: expected text with {{caption}} in it")
     try:
         template.format(caption="apple")
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"template {template!r}: {error}") from None
-    if not fields or set(fields) != {"caption"}:
-        raise ValueError(f"template {template!r}: expected text with {{caption}} in it")
