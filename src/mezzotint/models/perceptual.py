@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError, MissingExtraError
-from mezzotint.models.weights import is_url, locate_weights, read_state_dict
+from mezzotint.models.weights import is_url, load_tensors, locate_weights, read_state_dict
 
 __all__ = ["PerceptualConfig", "build_perceptual"]
 
@@ -198,7 +198,7 @@ def lpips_vgg16(tensors: Mapping[str, Tensor], source: str) -> FeatureDistance:
             weights[name] = value
         elif parts[0] == "net" and len(parts) == 4:  # net.slice2.5.weight
             weights[f"features.{parts[2]}.{parts[3]}"] = value
-    _load(trunk, weights, source)
+    load_tensors(trunk, weights, source, unused=("",))
     missing = [n for i in range(5) if (n := f"lin{i}.model.1.weight") not in named]
     if missing:
         raise CheckpointError(
@@ -341,7 +341,7 @@ def efficientnet_distance(tensors: Mapping[str, Tensor], source: str) -> Feature
         ".".join(part.removeprefix("_") for part in name.split(".")): value
         for name, value in tensors.items()
     }
-    _load(trunk, named, source)
+    load_tensors(trunk, named, source, unused=("",))
     trunk.fuse()
     # (x 255 - 127) / 128 for x in 0..1, written for x in -1..1
     shift, scale = (
@@ -349,24 +349,6 @@ def efficientnet_distance(tensors: Mapping[str, Tensor], source: str) -> Feature
         torch.full((3,), 2.0 * 128.0 / 255.0),
     )
     return FeatureDistance(trunk, shift, scale, heads=None)
-
-
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load the tensors that a module has, and demand all of them."""
-    wanted = module.state_dict()
-    missing = sorted(set(wanted) - set(tensors))
-    if missing:
-        raise CheckpointError(
-            f"{source}: not the weights of {type(module).__name__}: {len(missing)} tensors are"
-            f" missing, the first is {missing[0]!r}"
-        )
-    for name, expected in wanted.items():
-        if tensors[name].shape != expected.shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)},"
-                f" expected {tuple(expected.shape)}"
-            )
-    module.load_state_dict({name: tensors[name] for name in wanted})
 
 
 def _installed_efficientnet() -> str:
