@@ -45,7 +45,10 @@ $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -c constraints.txt -e '.[train]'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt requirements-reference.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt requirements-reference.txt \
+    requirements-reference-metrics.txt | $(BIN)/python
 	$(INSTALL) -c constraints.txt -e '.[dev]'
 	$(INSTALL) --no-deps -r requirements-reference.txt
+	rm -rf $(VENV)/reference
+	$(INSTALL) --no-deps --target $(VENV)/reference -r requirements-reference-metrics.txt
 	touch $@ $(VENV)/.installed-train
