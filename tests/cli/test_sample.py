@@ -1,5 +1,6 @@
 """`sample` and `replay` with a small real model: what is drawn, named, written and drawn again."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,19 @@ def test_what_this_model_cannot_draw_is_told(model: Path, arguments: list[str], 
     assert told in str(failed.exception)
     assert "\n" not in str(failed.exception)
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("kind", ["denoising", "interpolation"])
+def test_a_strip_is_one_picture_for_each_seed(model: Path, kind: str) -> None:
+    call = f"--class fruit -n 2 --seed 5 --steps 3 --strip {kind}"
+    drawn = mezzotint("sample", model, *call.split())
+    assert drawn.stdout.split() == [f"outputs/fruit-{seed}-{kind}.png" for seed in (5, 6)]
+    first, second = (pixels(path) for path in drawn.stdout.split())
+    assert not np.array_equal(first, second)
+    if kind == "interpolation":  # the last of one strip is the first of the next, 12 times as large
+        assert np.abs(first[-100:-4, -100:-4].astype(int) - second[-100:-4, 4:100]).max() <= 1
+    with Image.open("outputs/fruit-5-" + kind + ".png") as strip:
+        told = json.loads(strip.info["mezzotint-strip"])
+    assert (told["strip"], told["request"]["seed"]) == (kind, 5)
+    refused = mezzotint("replay", f"outputs/fruit-5-{kind}.png")
+    assert "holds no generation request" in str(refused.exception)

@@ -1,9 +1,17 @@
 """``mezzotint sample``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+
+    from mezzotint.generation.pipeline import Pipeline
+    from mezzotint.generation.request import GenerationRequest
 
 __all__ = ["sample"]
 
@@ -38,6 +46,13 @@ def sample(
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once.")] = None,
+    strip: Annotated[
+        Literal["denoising", "interpolation"] | None,
+        typer.Option(
+            help="Draw a strip instead: how the picture comes about, or the way from it to that"
+            " of the next seed."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR|FILE.png", help="Default: outputs/"),
@@ -70,12 +85,52 @@ def sample(
     pipeline = load(model, device=device, precision=precision)
     for fields in wanted:
         what = str(fields.get("prompt", fields.get("class_label", "image")))
+        if strip is not None:
+            for request, image in _strips(pipeline, fields, strip):
+                path = picture_path(output, f"{slug(what)}-{request.seed}-{strip}")
+                _write_strip(image, strip, request, path)
+                print(path)
+            continue
         with progress(what) as on_progress:
             images = pipeline.generate(**fields, batch_size=batch_size, on_progress=on_progress)
         for index, drawn in enumerate(images):
             path = picture_path(output, f"{slug(what)}-{drawn.request.seed + index}")
             write_png(drawn.image, drawn.request, path)
             print(path)
+
+
+def _strips(
+    pipeline: "Pipeline", fields: dict[str, Any], kind: str
+) -> "Iterator[tuple[GenerationRequest, Image.Image]]":
+    """One strip for each image that was asked for, enlarged so that small ones can be seen."""
+    from mezzotint.evaluation.grids import denoising_strip, interpolation_strip
+
+    asked = pipeline.request(**fields)
+    scale = max(1, 96 // (asked.width or pipeline.model.image_size[1]))
+    for seed in range(asked.seed, asked.seed + asked.num_images):
+        request = asked.model_copy(update={"seed": seed, "num_images": 1})
+        if kind == "denoising":
+            yield request, denoising_strip(pipeline, request, noisy=True, scale=scale)
+        else:
+            yield request, interpolation_strip(pipeline, request, (seed, seed + 1), scale=scale)
+
+
+def _write_strip(image: "Image.Image", kind: str, request: "GenerationRequest", path: Path) -> None:
+    """Write a strip with what it shows; not as a request, which would replay one picture of it."""
+    import json
+
+    from PIL import PngImagePlugin
+
+    from mezzotint.errors import RequestError
+
+    chunks = PngImagePlugin.PngInfo()
+    shown = {"strip": kind, "request": request.to_dict()}
+    chunks.add_text("mezzotint-strip", json.dumps(shown, ensure_ascii=False))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, format="PNG", pnginfo=chunks)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _check(fields: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from mezzotint.conditioning.base import Conditioning, ConditionInputs
 from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.device import autocast, precision_name, threads
 from mezzotint.diffusion.guidance import ClassifierFreeGuidance
-from mezzotint.diffusion.samplers import get_sampler
+from mezzotint.diffusion.samplers import Callback, NoiseSource, get_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.request import GenerationRequest, Resolved
 from mezzotint.rng import SampleNoise
@@ -23,7 +23,15 @@ from mezzotint.rng import SampleNoise
 if TYPE_CHECKING:
     from mezzotint.generation.pipeline import Pipeline
 
-__all__ = ["GeneratedImage", "generate", "generate_each", "to_images"]
+__all__ = [
+    "GeneratedImage",
+    "decode_latents",
+    "generate",
+    "generate_each",
+    "sample_latents",
+    "to_bytes",
+    "to_images",
+]
 
 Progress = Callable[[int, int], None]
 _PIXELS_AT_ONCE = 16 * 256 * 256  # a default batch that keeps the decoder within a few hundred MB
@@ -42,10 +50,14 @@ class GeneratedImage:
     request: GenerationRequest
 
 
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Turn ``(B, 3, H, W)`` in [-1, 1] into uint8, 0 to 255; what lies outside is clipped."""
+    return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Turn ``(B, 3, H, W)`` in [-1, 1] into 8-bit pictures; what lies outside is clipped."""
-    scaled = ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in scaled]
+    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in to_bytes(pixels)]
 
 
 def generate(
@@ -93,12 +105,7 @@ def generate_each(
     """
     if batch_size is not None and batch_size < 1:
         raise RequestError(f"batch_size: must be at least 1, got {batch_size}")
-    for request in requests:
-        if request.task != pipeline.task:
-            raise RequestError(
-                f"{pipeline.name}: the model wants {pipeline.model.conditioner.description}; its"
-                f" task is {pipeline.task!r}, not {request.task!r}"
-            )
+    _check_task(pipeline, requests)
     height, width = _size(pipeline, requests[0])
     count = batch_size or max(1, _PIXELS_AT_ONCE // (height * width))
     count = min(count, len(requests))
@@ -107,12 +114,12 @@ def generate_each(
     for number, start in enumerate(starts):
         rows = requests[start : start + count]
 
-        def report(done: int, total: int, number: int = number) -> None:
+        def report(step: int, total: int, *_: Tensor, number: int = number) -> None:
             if on_progress is not None:
-                on_progress(number * total + done, len(starts) * total)
+                on_progress(number * total + step + 1, len(starts) * total)
 
-        images = to_images(_draw_batch(pipeline, rows, height, width, report))
-        for row, (image, request) in enumerate(zip(images, rows, strict=True)):
+        pixels = decode_latents(pipeline, sample_latents(pipeline, rows, callback=report))
+        for row, (image, request) in enumerate(zip(to_images(pixels), rows, strict=True)):
             resolved = _resolved(pipeline, len(rows), row)
             update = {
                 "resolved": resolved,
@@ -122,6 +129,15 @@ def generate_each(
             }
             results.append(GeneratedImage(image, request.model_copy(update=update)))
     return results
+
+
+def _check_task(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> None:
+    for request in requests:
+        if request.task != pipeline.task:
+            raise RequestError(
+                f"{pipeline.name}: the model wants {pipeline.model.conditioner.description}; its"
+                f" task is {pipeline.task!r}, not {request.task!r}"
+            )
 
 
 def _size(pipeline: Pipeline, request: GenerationRequest) -> tuple[int, int]:
@@ -162,15 +178,29 @@ def _null(pipeline: Pipeline, rows: Sequence[GenerationRequest]) -> Conditioning
 
 
 @torch.inference_mode()
-def _draw_batch(
+def sample_latents(
     pipeline: Pipeline,
-    rows: Sequence[GenerationRequest],
-    height: int,
-    width: int,
-    report: Progress,
+    requests: Sequence[GenerationRequest],
+    *,
+    rng: NoiseSource | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Condition, sample, decode: pixels ``(B, 3, H, W)``."""
-    first, model, execution = rows[0], pipeline.model, pipeline.execution
+    """Condition and sample: one latent for each request, as one batch.
+
+    Args:
+        pipeline: The model and how it runs.
+        requests: What to draw; they may differ in condition and seed only.
+        rng: Where all noise comes from, the starting noise too; by default each request's seed.
+        callback: Told of every step, with the sampler's state and the estimate of the clean latent.
+
+    Returns:
+        ``(B, C, h, w)`` normalised latents.
+
+    Raises:
+        RequestError: If the model cannot give what is asked.
+    """
+    _check_task(pipeline, requests)
+    first, model, execution = requests[0], pipeline.model, pipeline.execution
     sampler = get_sampler(first.sampler)
     options = {"eta": first.eta} if first.eta is not None else {}
     if unknown := set(options) - set(sampler.options):
@@ -181,26 +211,28 @@ def _draw_batch(
             " noise levels that the model was trained on"
         )
     sigmas = sampler.sigmas(model.schedule, first.steps, first.spacing)
-    shape = model.latent_shape(height, width)
-    rng = SampleNoise([r.seed for r in rows])
+    shape = model.latent_shape(*_size(pipeline, first))
+    if rng is None:
+        rng = SampleNoise([r.seed for r in requests])
     # without a condition there is nothing to be guided towards
     scale = first.guidance_scale if model.conditioner.wants is not None else 1.0
     with autocast(execution):
-        cond = model.conditioner(_inputs(pipeline, rows))
+        cond = model.conditioner(_inputs(pipeline, requests))
         guided = ClassifierFreeGuidance(
             model.denoiser,
-            _null(pipeline, rows) if scale != 1.0 else None,
+            _null(pipeline, requests) if scale != 1.0 else None,
             scale,
             rescale=first.guidance_rescale,
         )
         noise = rng.normal(shape).to(execution.device)
         x = noise * model.schedule.start_scale(sigmas[0])
-        latents = sampler.function(
-            lambda x, sigma: guided(x, sigma, cond),
-            x,
-            sigmas,
-            rng,
-            callback=lambda step, total, x, denoised: report(step + 1, total),
-            **options,
+        return sampler.function(
+            lambda x, sigma: guided(x, sigma, cond), x, sigmas, rng, callback=callback, **options
         )
-        return model.decode(latents)
+
+
+@torch.inference_mode()
+def decode_latents(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """Turn normalised latents ``(B, C, h, w)`` into pixels ``(B, 3, H, W)``, about [-1, 1]."""
+    with autocast(pipeline.execution):
+        return pipeline.model.decode(latents)
