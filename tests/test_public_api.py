@@ -16,6 +16,7 @@ def test_the_names_that_the_package_offers() -> None:
         "Pipeline",
         "__version__",
         "checkpoints",
+        "evaluate",
         "generate",
         "load",
         "models",

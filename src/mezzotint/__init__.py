@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mezzotint import checkpoints, models
     from mezzotint.errors import MezzotintError
+    from mezzotint.evaluation.evaluate import evaluate
     from mezzotint.generation.generate import generate
     from mezzotint.generation.pipeline import Pipeline, load
     from mezzotint.generation.request import GenerationRequest
@@ -22,6 +23,7 @@ __all__ = [
     "Pipeline",
     "__version__",
     "checkpoints",
+    "evaluate",
     "generate",
     "load",
     "models",
@@ -32,6 +34,7 @@ _HOME = {
     "GenerationRequest": "mezzotint.generation.request",
     "MezzotintError": "mezzotint.errors",
     "Pipeline": "mezzotint.generation.pipeline",
+    "evaluate": "mezzotint.evaluation.evaluate",
     "generate": "mezzotint.generation.generate",
     "load": "mezzotint.generation.pipeline",
     "train": "mezzotint.training.run",

@@ -1,0 +1,193 @@
+"""``mezzotint evaluate``."""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mezzotint.evaluation.card import EvaluationCard
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FOLDER", help="A model, a finished run, or a folder of pictures."
+        ),
+    ],
+    against: Annotated[
+        str, typer.Option(help="A folder of real pictures or of a data set's splits, or emoji.")
+    ],
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.yaml",
+            help="small, ldm-2022, adm, clean-fid, torch-fidelity, or one's own.",
+        ),
+    ] = "small",
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="Pictures to measure, if not as many.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of the real data: train, validation, test or all.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Bring a folder's pictures and the real ones to this side.")
+    ] = None,
+    against_resolution: Annotated[
+        int | None, typer.Option(help="Bring the real pictures alone to this side.")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Of the real pictures' metadata file. Default: text.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Picture k is drawn from seed + k.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, euler, dpmpp_2m, …")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="leading, trailing, linspace or karras.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "--guidance", help="1 is no guidance.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Fresh noise of ddim and its kin.")] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH[#SHA256]", help="Where the weights of a feature network are."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="How many share the work.")] = 1,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep what is drawn here. Default: until it is measured."),
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write some of the pictures.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CARD.json", help="Default: outputs/")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option("--compare", metavar="CARD.json", help="A card to compare with.")
+    ] = None,
+) -> None:
+    """Measure a model or a folder of pictures; run it again to go on where it was stopped."""
+    from mezzotint.evaluation.card import EvaluationCard, compare
+    from mezzotint.evaluation.evaluate import evaluate as measure
+    from mezzotint.evaluation.shards import ranks
+
+    before = EvaluationCard.read(other) if other is not None else None
+    path = _card_path(output, model, protocol)
+    with _bars() as on_progress:
+        card = measure(
+            model,
+            against,
+            protocol,
+            samples=samples,
+            split=split,
+            resolution=resolution,
+            against_resolution=against_resolution,
+            caption_column=caption_column,
+            weights=_weights(weights or ()),
+            device=device,
+            precision=precision,
+            processes=processes,
+            work=work,
+            grid=grid,
+            on_progress=on_progress,
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+            spacing=spacing,
+            guidance_scale=guidance_scale,
+            eta=eta,
+        )
+    if ranks()[0] > 0:  # the first of torchrun's processes tells for all
+        return
+    card.write(path)
+    _print(card)
+    print(path)
+    if before is not None:
+        for name, difference in compare(before, card).items():
+            error = difference.standard_error
+            sure = "" if error is None else f" ± {error:.4g}"
+            print(f"{name} {difference.value:+.4g}{sure} against {other}")
+
+
+def _card_path(output: Path | None, model: str, protocol: str) -> Path:
+    from mezzotint.cli.output import DEFAULT_FOLDER, free, slug
+    from mezzotint.errors import DataError
+
+    if output is not None:
+        if output.suffix.lower() != ".json":
+            raise DataError(f"--output {output}: a card is written as JSON; name it *.json")
+        return output
+    name = f"{slug(Path(model).name)}-{slug(Path(protocol).stem)}.json"
+    return free(DEFAULT_FOLDER / name)
+
+
+def _weights(options: Sequence[str]) -> dict[str, str]:
+    from mezzotint.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for option in options:
+        name, equals, path = option.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--weights {option}: expected NAME=PATH, or NAME=PATH#SHA256")
+        found[name] = path
+    return found
+
+
+@contextlib.contextmanager
+def _bars() -> Generator[Callable[[str, int, int], None]]:
+    """One bar after the other, each for what is being done."""
+    from mezzotint.cli.progress import progress
+
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Callable[[int, int], None]] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                stack.close()
+                shown.clear()
+                shown[what] = stack.enter_context(progress(what))
+            shown[what](done, total)
+
+        yield report
+
+
+def _print(card: "EvaluationCard") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table.grid(padding=(0, 2))
+    for name, number in card.numbers.items():
+        error = number.standard_error
+        table.add_row(name, f"{number.value:.5g}", "" if error is None else f"± {error:.2g}")
+    judged, real = card.evaluated, card.reference
+    called, reference = (
+        f"{record.description}{f', {record.split}' if record.split else ''}"
+        for record in (judged, real)
+    )
+    print(f"protocol {card.protocol.name}: {judged.count:,} pictures of {called}")
+    print(f"against {real.count:,} of {reference}")
+    console.print(table)
+    for record in (judged, real):
+        if record.converted:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record.converted.items()))
+            print(f"{record.description}: converted to RGB: {kinds}")
+    cost = card.cost
+    verb = "drawn" if card.drawn_with is not None else "read"
+    print(
+        f"a picture was {verb} in {1000 * (cost.pictures_seconds or 0):.2f} ms and seen by the"
+        f" networks in {1000 * (cost.features_seconds or 0):.2f} ms, of one process of"
+        f" {cost.processes}"
+    )

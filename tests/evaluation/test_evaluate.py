@@ -1,0 +1,317 @@
+"""From a model or a folder to a card, and what is refused on the way."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mezzotint import evaluate, load
+from mezzotint.config import to_yaml
+from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError, RequestError
+from mezzotint.evaluation.card import EvaluationCard, incomparable
+from mezzotint.evaluation.drawing import spread
+from mezzotint.evaluation.protocol import PROTOCOLS, EvaluationProtocol
+
+Write = Callable[..., Path]
+
+
+def values(card: EvaluationCard) -> dict[str, float]:
+    return {name: number.value for name, number in card.numbers.items()}
+
+
+def changed(protocol: EvaluationProtocol, **changes: Any) -> EvaluationProtocol:
+    return EvaluationProtocol.from_dict(protocol.to_dict() | changes)
+
+
+def test_pictures_against_themselves(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder = write_pictures(tmp_path / "a", 40)
+    found = values(evaluate(folder, folder, protocol))
+    assert found["fid_random"] == pytest.approx(0.0, abs=1e-6)
+    assert found["kid_random"] < 0.0  # unbiased: a picture's kernel with itself is not in it
+    assert found["precision_random"] == found["recall_random"] == found["coverage_random"] == 1.0
+    assert found["nearest_training_random"] == 0.0
+
+
+def test_the_card_says_what_was_measured(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder, real = write_pictures(tmp_path / "a", 20), write_pictures(tmp_path / "b", 30, seed=1)
+    Image.new("L", (16, 16)).save(folder / "grey.png")
+    Image.new("RGBA", (16, 16)).save(folder / "glass.png")
+    card = evaluate(folder, real, protocol)
+    assert card.protocol == protocol
+    assert (card.evaluated.count, card.reference.count) == (22, 30)
+    assert card.evaluated.converted == {"grey": 1, "transparent": 1}
+    assert card.evaluated.description == str(folder)
+    assert card.training == card.reference and card.drawn_with is None
+    assert [n.name for n in card.networks] == ["random"]
+    assert len(card.networks[0].weights_sha256) == 64
+    assert set(card.versions) == {"mezzotint", "torch", "numpy", "torchmetrics", "pillow"}
+    assert card.cost.features_seconds is not None and card.cost.features_seconds > 0
+    card.write(tmp_path / "card.json")
+    assert EvaluationCard.read(tmp_path / "card.json") == card
+
+
+def test_the_numbers_do_not_depend_on_the_batches(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder, real = write_pictures(tmp_path / "a", 25), write_pictures(tmp_path / "b", 30, seed=1)
+    first = values(evaluate(folder, real, protocol))
+    second = values(evaluate(folder, real, changed(protocol, batch_size=7)))
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_fewer_samples_are_spread_over_the_folder(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder = write_pictures(tmp_path / "a", 40)
+    card = evaluate(folder, folder, protocol, samples=20)
+    assert (card.evaluated.count, card.evaluated.available) == (20, 40)
+    assert (card.protocol.samples, card.protocol.fewer) == (20, False)
+    assert values(card)["recall_random"] < 1.0
+    assert values(card)["nearest_training_random"] == 0.0
+
+
+def test_conditions_come_in_the_proportions_of_the_data() -> None:
+    assert [spread(10, 4).count(k) for k in range(4)] == [3, 2, 3, 2]
+    assert spread(3, 12) == [0, 4, 8]
+    assert spread(24, 12) == [*range(12), *range(12)]
+
+
+def test_a_model_draws_what_generate_draws(
+    tmp_path: Path, class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    """Picture k from seed + k under the k-th class; the grid shows these very pictures."""
+    grid = tmp_path / "deep" / "grid.png"
+    work = tmp_path / "work"
+    card = evaluate(
+        class_model,
+        clothes,
+        protocol,
+        samples=18,
+        seed=7,
+        steps=2,
+        sampler="euler",
+        guidance_scale=1.5,
+        precision="float32",
+        work=work,
+        grid=grid,
+    )
+    assert card.reference.split == "train" and card.reference.count == 12
+    drawn = card.drawn_with
+    assert drawn is not None
+    assert (drawn.seed, drawn.last_seed, drawn.steps, drawn.sampler) == (7, 24, 2, "euler")
+    assert (drawn.guidance_scale, drawn.precision, drawn.task) == (1.5, "float32", "class-to-image")
+    assert drawn.conditions == f"classes of {clothes}, in its proportions"
+    assert drawn.spacing in ("leading", "trailing", "linspace", "karras")
+    classes = ["boot"] * 6 + ["hat"] * 3 + ["shirt"] * 3 + ["boot"] * 3 + ["hat"] * 2 + ["shirt"]
+    pipeline = load(class_model, precision="float32")
+    sheet = np.asarray(Image.open(grid))
+    for k in (0, 7, 17):
+        alone = pipeline.generate(
+            class_label=classes[k], seed=7 + k, steps=2, sampler="euler", guidance_scale=1.5
+        )
+        top, left = 4 + k // 8 * (16 + 16 + 4), 4 + k % 8 * 20
+        shown = sheet[top : top + 16, left : left + 16].astype(int)
+        assert np.abs(shown - np.asarray(alone[0].image)).max() <= 1  # other rows in its batch
+    assert len(list((work / "evaluated").glob("*.safetensors"))) == 3
+
+
+def test_a_pipeline_in_memory_and_its_folder_give_the_same(
+    class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    options: dict[str, Any] = {"samples": 18, "steps": 2, "precision": "float32"}
+    from_folder = evaluate(class_model, clothes, protocol, **options)
+    in_memory = evaluate(load(class_model, precision="float32"), clothes, protocol, **options)
+    assert values(in_memory) == values(from_folder)
+    assert incomparable(in_memory, from_folder) == []
+
+
+def test_a_test_split_is_compared_with_but_copies_are_looked_for_in_training(
+    class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    card = evaluate(class_model, clothes, protocol, samples=18, split="test", steps=2)
+    assert card.training is not None
+    assert (card.reference.split, card.training.split) == ("test", "train")
+    assert (card.reference.count, card.training.count) == (6, 12)
+
+
+def test_a_work_folder_is_gone_on_with_and_not_for_another_run(
+    tmp_path: Path, class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    options: dict[str, Any] = {"samples": 20, "steps": 2, "work": tmp_path / "work"}
+    first = evaluate(class_model, clothes, protocol, **options)
+    files = sorted((tmp_path / "work" / "evaluated").iterdir())
+    times = [p.stat().st_mtime_ns for p in files]
+    files[1].write_bytes(files[1].read_bytes()[:-100])  # a disk that lost its end
+    files[2].unlink()
+    done: list[tuple[str, int]] = []
+    again = evaluate(
+        class_model,
+        clothes,
+        protocol,
+        on_progress=lambda what, so_far, total: done.append((what, so_far)),
+        **options,
+    )
+    assert values(again) == values(first)
+    assert done == [(f"drawing by {class_model}", n) for n in (8, 16, 20)]
+    assert [p.stat().st_mtime_ns == t for p, t in zip(files, times, strict=True)] == [
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(ConfigError) as caught:
+        evaluate(class_model, clothes, protocol, **(options | {"steps": 3, "seed": 1}))
+    message = str(caught.value)
+    assert "begun with other values of drawn_with.last_seed, drawn_with.seed, drawn_with.steps" in (
+        message
+    )
+    with pytest.raises(ConfigError, match="holds something else"):
+        evaluate(class_model, clothes, protocol, **(options | {"work": clothes}))
+
+
+def test_a_work_folder_of_its_own_is_cleared_away(
+    class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    evaluate(class_model, clothes, protocol, samples=18, steps=2)
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "mezzotint"
+    assert list((cache / "evaluations").iterdir()) == []
+    assert len(list((cache / "references").iterdir())) == 1
+
+
+def test_ones_own_protocol_is_a_file(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(to_yaml(changed(protocol, name="mine", metrics=["kid"])))
+    folder = write_pictures(tmp_path / "a", 10)
+    card = evaluate(folder, folder, mine)
+    assert card.protocol.name == "mine" and list(card.numbers) == ["kid_random"]
+
+
+def test_sizes_follow_the_measured_pictures(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder = write_pictures(tmp_path / "a", 10)
+    large = write_pictures(tmp_path / "b", 10, side=40, seed=1)
+    assert evaluate(folder, large, protocol).reference.height == 16
+    assert evaluate(folder, large, protocol, against_resolution=40).reference.height == 40
+    card = evaluate(folder, large, protocol, resolution=12)
+    assert (card.evaluated.height, card.reference.height) == (12, 12)
+
+
+def refused(kind: type[MezzotintError], *arguments: Any, **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        evaluate(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_too_few_pictures(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    three, many = write_pictures(tmp_path / "a", 3), write_pictures(tmp_path / "b", 30)
+    message = refused(DataError, three, many, protocol)
+    assert "a: 3 pictures, but fid needs 8, precision needs 4" in message
+    message = refused(DataError, many, three, protocol)
+    assert "b" not in message.partition(":")[0].rpartition("/")[2] and "3 pictures, but" in message
+    message = refused(DataError, many, many, changed(protocol, fewer=False))
+    assert "30 pictures, but 64 are to be measured; ask for fewer by samples (--samples 30)" in (
+        message
+    )
+    message = refused(
+        ConfigError, many, many, changed(protocol, kid_subsets=100, samples=1000), samples=30
+    )
+    assert "samples: 30 are too few: kid takes at least 1,000" in message
+    assert "samples: " in refused(ConfigError, many, many, protocol, samples=0)
+
+
+def test_folders_that_cannot_be_measured(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    real = write_pictures(tmp_path / "real", 30)
+    (tmp_path / "empty").mkdir()
+    assert "no pictures" in refused(DataError, tmp_path / "empty", real, protocol)
+    assert "no pictures" in refused(DataError, real, tmp_path / "empty", protocol)
+    message = refused(DataError, tmp_path / "raal", real, protocol)
+    assert "no such model, nor folder of pictures; did you mean" in message
+    assert "neither a folder nor 'emoji'" in refused(DataError, real, "nothing", protocol)
+    message = refused(ConfigError, real, real, protocol, steps=5)
+    assert "steps: " in message and "is no model" in message
+    (real / "007.png").write_bytes((real / "007.png").read_bytes()[:-40])
+    assert "007.png: broken" in refused(DataError, real, real, protocol)
+
+
+def test_networks_that_are_not_there(tmp_path: Path, write_pictures: Write) -> None:
+    folder = write_pictures(tmp_path / "a", 30)
+    message = refused(CheckpointError, folder, folder, "adm", samples=30)
+    assert "inception-v3-fid" in message and "weights" in message
+    message = refused(
+        ConfigError, folder, folder, "small", samples=30, weights={"inception-v3": "x.pt"}
+    )
+    assert "the protocol small does not use 'inception-v3'; Choose from: mobilenet-v2" in message
+    mine = EvaluationProtocol.from_dict(
+        PROTOCOLS["adm"].to_dict() | {"name": "mine", "network": "mobilenet-v2", "samples": 30}
+    )
+    message = refused(ConfigError, folder, folder, mine)
+    assert "inception_score needs class logits, which the network 'mobilenet-v2' has not" in message
+    wrong = tmp_path / "weights.safetensors"
+    wrong.write_bytes(b"weights")
+    located = {"inception-v3-fid": f"{wrong}#{'0' * 64}"}
+    message = refused(CheckpointError, folder, folder, "adm", samples=30, weights=located)
+    assert "sha256" in message.lower() and "weights.safetensors" in message
+    assert "did you mean 'small'" in refused(ConfigError, folder, folder, "smal")
+
+
+def test_models_and_data_that_do_not_fit(
+    tmp_path: Path,
+    class_model: Path,
+    clothes: Path,
+    write_pictures: Write,
+    protocol: EvaluationProtocol,
+) -> None:
+    plain = write_pictures(tmp_path / "plain", 20)
+    message = refused(DataError, class_model, plain, protocol)
+    assert "has no classes" in message and "sub-folder per class" in message
+    for name in ("hat", "sock"):
+        write_pictures(tmp_path / "other" / name, 10)
+    assert "unknown class 'sock'" in refused(
+        RequestError, class_model, tmp_path / "other", protocol
+    )
+    assert "resolution" in refused(ConfigError, class_model, clothes, protocol, resolution=8)
+    assert "steps: 1001" in refused(RequestError, class_model, clothes, protocol, steps=1001)
+    message = refused(ConfigError, class_model, clothes, protocol, step=5)
+    assert "did you mean 'steps'" in message
+    message = refused(ConfigError, class_model, clothes, changed(protocol, ema=False))
+    assert "holds the averaged ones" in message
+    message = refused(ConfigError, load(class_model), clothes, protocol, processes=2)
+    assert "processes" in message
+    assert "name it *.png" in refused(ConfigError, class_model, clothes, protocol, grid="a.jpg")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "--resume" in refused(CheckpointError, tmp_path / "run", clothes, protocol)
+
+
+def test_a_text_model_against_pictures_without_captions(
+    tmp_path: Path, text_run: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder = write_pictures(tmp_path / "a", 20, side=32)
+    message = refused(DataError, text_run, folder, protocol)
+    assert "the model draws from captions" in message and "'text'" in message
+    rows = [
+        {"file_name": p.name, "words": f"a picture, {k}"}
+        for k, p in enumerate(sorted(folder.glob("*.png")))
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    card = evaluate(text_run, folder, protocol, caption_column="words", steps=1, samples=8)
+    assert card.drawn_with is not None and card.drawn_with.task == "text-to-image"
+    card = evaluate(text_run, "emoji:validation", protocol, steps=1, samples=8)
+    assert card.drawn_with is not None
+    assert card.drawn_with.conditions == "captions of emoji:validation, in its proportions"
