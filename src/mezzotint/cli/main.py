@@ -8,8 +8,10 @@ import typer
 import mezzotint
 from mezzotint.cli.demo import demo
 from mezzotint.cli.doctor import doctor
+from mezzotint.cli.evaluate import evaluate
 from mezzotint.cli.replay import replay
 from mezzotint.cli.sample import sample
+from mezzotint.cli.study import app as study
 from mezzotint.cli.train import train
 from mezzotint.errors import MezzotintError
 
@@ -23,8 +25,9 @@ app = typer.Typer(
     # a fault of Mezzotint's own shows Python's traceback, which a report can quote
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, sample, replay, doctor):
+for command in (demo, train, sample, replay, evaluate, doctor):
     app.command()(command)
+app.add_typer(study, name="study")
 
 
 def _print_version(wanted: bool) -> None:
