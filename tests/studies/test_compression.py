@@ -1,6 +1,7 @@
 """The compression study: fair models, sound verdicts, and runs that go on where they stood."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from mezzotint.errors import ConfigError
 from mezzotint.evaluation.card import DrawnWith, EvaluationCard, Number, PictureRecord
 from mezzotint.evaluation.protocol import PROTOCOLS
+from mezzotint.evaluation.reconstruction import band_shares
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
 from mezzotint.models.unet import UNet
 from mezzotint.studies.compression import (
@@ -21,7 +23,7 @@ from mezzotint.studies.compression import (
     run_compression_study,
     write_report,
 )
-from mezzotint.studies.compression.claims import final_kid, judge
+from mezzotint.studies.compression.claims import final_kid, judge, spread_of_seeds
 from mezzotint.studies.compression.recipes import autoencoder_recipe, diffusion_recipe
 from mezzotint.studies.compression.results import (
     DiffusionResult,
@@ -71,10 +73,11 @@ def diffusion(stage: str, *kids: float, seed: int = 0, error: float = 0.001) -> 
 
 
 def first_stage(stage: str, psnr: float, low: float = 0.01, high: float = 0.5) -> FirstStageResult:
+    # the mean brightness alone is in the first band
     spectrum = {
-        "frequencies": [0.05, 0.15, 0.35, 0.45],
-        "error": [low, low, high, high],
-        "original": [1.0, 1.0, 1.0, 1.0],
+        "frequencies": [0.0625, 0.1875, 0.3125, 0.4375],
+        "error": [0.0, low, high, high],
+        "original": [100.0, 1.0, 1.0, 1.0],
     }
     scores: dict[str, Any] = {
         "images": 160,
@@ -159,22 +162,42 @@ def test_the_opposite_is_recognised_too() -> None:
 
 def test_differences_within_two_standard_errors_say_nothing() -> None:
     results = [diffusion("identity", 0.052, error=0.002), diffusion("kl-f8", 0.050, error=0.002)]
-    assert verdicts(results)["LDM-1"] is None
-    assert verdicts(results[:1])["LDM-1"] is None  # nothing to compare with
+    middle = [diffusion(f"kl-f{f}", 0.030, error=0.002) for f in (4, 16)]
+    assert verdicts(results + middle)["LDM-1"] is None
+    apart = [diffusion("identity", 0.060, error=0.002), *results[1:], *middle]
+    assert verdicts(apart)["LDM-1"] is True
+    assert verdicts(apart[:3])["LDM-1"] is None  # one of those it speaks of is not measured
 
 
 def test_the_spread_over_seeds_counts() -> None:
     """Tiny errors of measurement do not hide that two seeds differ by far more."""
     results = [
-        diffusion("identity", 0.060),
+        diffusion("identity", 0.061, error=1e-5),
         diffusion("kl-f8", 0.04, seed=0, error=1e-5),
         diffusion("kl-f8", 0.08, seed=1, error=1e-5),
+        diffusion("kl-f4", 0.02, error=1e-5),
+        diffusion("kl-f16", 0.02, error=1e-5),
     ]
-    kid = final_kid(results)["kl-f8"]
-    assert kid.value == pytest.approx(0.06)
-    # half the difference of two values is the standard error of their mean
-    assert kid.standard_error == pytest.approx(0.02)
+    # 0.04 and 0.08 deviate by a third of their mean, one degree of freedom
+    spread = (2 / 9) ** 0.5
+    assert spread_of_seeds(results) == pytest.approx(spread)
+    kid = final_kid(results)
+    assert kid["kl-f8"].value == pytest.approx(0.06)
+    assert kid["kl-f8"].standard_error == pytest.approx(0.02)
+    # what has one seed would have deviated likewise
+    assert kid["identity"].standard_error == pytest.approx(0.061 * spread)
     assert verdicts(results)["LDM-1"] is None
+    assert spread_of_seeds(results[2:]) is None
+
+
+def test_power_is_weighted_by_the_frequencies_of_a_band() -> None:
+    """A ring has more of them the larger it is, so its error counts for more."""
+    stage = first_stage("kl-f4", 30.0)
+    stage.scores["spectrum"]["error"] = [0.0, 0.01, 0.2, 0.6]
+    (claim,) = (c for c in judge([stage], []) if c.text.startswith("What a first stage"))
+    shares = band_shares(256, 256, 4)
+    high = float((0.2 * shares[2] + 0.6 * shares[3]) / (shares[2] + shares[3]))
+    assert high > 0.45 and f"{high:.0%}" in claim.finding
 
 
 def test_claims_about_reconstruction() -> None:
@@ -185,6 +208,9 @@ def test_claims_about_reconstruction() -> None:
     (high,) = (c for text, c in found.items() if text.startswith("What a first stage"))
     (vq,) = (c for text, c in found.items() if text.startswith("At f = 8"))
     assert falls.holds and high.holds and vq.holds
+    undecided = [diffusion("kl-f8", 0.1, error=0.05), diffusion("vq-f8", 0.05, error=0.05)]
+    (vq_again,) = (c for c in judge(scores, undecided) if c.text.startswith("At f = 8"))
+    assert vq_again.holds is None
     assert "1.00% / 50%" in high.finding and "24.00 against 25.00" in vq.finding
     flat = [first_stage("kl-f4", 25.0, low=0.5, high=0.1), first_stage("kl-f8", 26.0)]
     found = {claim.text.partition(" ")[2]: claim.holds for claim in judge(flat, [])}
@@ -245,7 +271,7 @@ def test_what_is_done_is_not_done_again(
     before = {path: path.stat().st_mtime_ns for path in (output / "runs").iterdir()}
     run_compression_study(study, output, tmp_path, stages=["kl-f4"], console=QUIET)
     assert {path: path.stat().st_mtime_ns for path in (output / "runs").iterdir()} == before
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
 def test_results_of_another_study_are_not_mixed_in(
@@ -253,7 +279,29 @@ def test_results_of_another_study_are_not_mixed_in(
 ) -> None:
     other = study.model_copy(update={"steps": 3})
     with pytest.raises(ConfigError, match="other values of steps"):
-        run_compression_study(other, output, tmp_path, console=QUIET)
+        run_compression_study(other, output, tmp_path / "work", console=QUIET)
+    # nor are first stages that were trained for another one
+    with pytest.raises(ConfigError, match="work: belongs to a study with other values of steps"):
+        run_compression_study(other, tmp_path / "new", output.parent / "work", console=QUIET)
+
+
+def test_a_first_stage_that_is_gone_is_trained_anew_and_told_apart(
+    study: CompressionStudy, output: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "output"
+    shutil.copytree(output, copy)
+    more = study.model_copy(update={"seeds": (1,)})
+    run_compression_study(more, copy, tmp_path / "work", stages=["kl-f4"], console=QUIET)
+    first_stages, diffusions = read_results(copy)
+    assert [r.stage for r in first_stages] == ["identity", "kl-f4", "kl-f4"]
+    assert [(r.stage, r.seed) for r in diffusions] == [
+        ("identity", 0),
+        ("kl-f4", 0),
+        ("kl-f4", 1),
+    ]
+    assert diffusions[1].first_stage_weights != diffusions[2].first_stage_weights
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert "trained anew for some of them (kl-f4)" in page and "seeds 0, 1" in page
 
 
 def test_a_damaged_result_is_named(output: Path, tmp_path: Path) -> None:

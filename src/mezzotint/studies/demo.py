@@ -22,7 +22,7 @@ from mezzotint.training.run import train
 __all__ = ["DemoScores", "run_demo", "score"]
 
 RECIPE = "emoji-demo"
-_GUIDANCE, _STEPS, _SHIFT = 2.0, 25, 2
+_GUIDANCE, _STEPS, _SHIFT = 1.5, 25, 2
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,10 @@ def run_loop(
         step, spent = checkpoint.step, float(checkpoint.values["seconds"])
         log.event(f"going on from step {step:,} ({checkpoint.path})")
     clock = _Clock(spent)
-    last_saved = last_drawn = clock.seconds
+    # at whole multiples of the interval, whatever stopped and continued the run in between
+    interval = 60 * run.checkpoint_minutes
+    due = (spent // interval + 1) * interval
+    last_drawn = clock.seconds
 
     def save() -> None:
         # never push a good checkpoint out by one that is no longer a number
@@ -155,10 +158,10 @@ def run_loop(
                 save()
                 log.event(f"stopped by {stopped[0]} at step {step:,}; go on with --resume")
                 raise KeyboardInterrupt
-            if clock.seconds - last_saved > 60 * run.checkpoint_minutes:
+            if clock.seconds >= due:
                 with clock.paused():
                     save()
-                last_saved = clock.seconds
+                due = (clock.seconds // interval + 1) * interval
             if clock.seconds - last_drawn > 60 * run.sample_minutes:
                 with clock.paused():
                     task.draw_samples(folder / "samples" / f"step-{step:07d}.png")

@@ -175,7 +175,7 @@ def diffusion_recipe(
             "budget": {"max_minutes": minutes},
             "run": {
                 "checkpoint_minutes": minutes / points,
-                "keep_checkpoints": points + 1,
+                "keep_checkpoints": 2 * points + 8,  # some at interruptions
                 "sample_minutes": minutes,
                 "log_steps": 10,
             },

@@ -1,7 +1,8 @@
 """The page of the compression study: tables, plots, pictures, and what they say of the paper."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -9,7 +10,8 @@ from PIL import Image
 from mezzotint.config import read_yaml, to_yaml
 from mezzotint.errors import ConfigError
 from mezzotint.evaluation.distributions import Estimate
-from mezzotint.studies.compression.claims import final_kid, judge, kid_at
+from mezzotint.evaluation.grids import labelled_rows
+from mezzotint.studies.compression.claims import final_kid, judge, kid_at, spread_of_seeds
 from mezzotint.studies.compression.recipes import STAGES
 from mezzotint.studies.compression.results import (
     CompressionStudy,
@@ -48,6 +50,7 @@ def write_report(output: Path) -> Path:
     report = Report("How far should the first stage compress?", output)
     _what_was_done(report, study, first_stages, diffusions)
     report.heading("Which of the paper's claims hold here")
+    report.paragraph(_how_it_is_judged(diffusions))
     claims = judge(first_stages, diffusions)
     report.table(
         ["claim of the paper", "verdict", "numbers"],
@@ -78,7 +81,7 @@ def _what_was_done(
     )
     machines = sorted({_machine(result) for result in (*first_stages, *diffusions)})
     planned = len(STAGES) * (1 + len(study.seeds))
-    done = len(first_stages) + len(diffusions)
+    done = len({r.stage for r in first_stages}) + len(diffusions)
     report.paragraph(
         f"Trained for {study.first_stage_minutes:g} and {study.diffusion_minutes:g} minutes on"
         f" {'; '.join(machines) or 'nothing yet'}. {done} of {planned} runs are done"
@@ -88,8 +91,32 @@ def _what_was_done(
         "How it differs from the paper: minutes in place of GPU days, 1,430 drawings in place of"
         " 1.2 million photographs, no discriminator in so few steps, v-prediction with zero"
         " terminal SNR in place of ε, MobileNetV2 in place of Inception, and KID in place of FID,"
-        " which is biased for so few pictures. The first stages are trained once, so that the"
-        " spread over seeds is that of the UNets."
+        " which is biased for so few pictures."
+    )
+    weights = {
+        r.stage: {d.first_stage_weights for d in diffusions if d.stage == r.stage}
+        for r in first_stages
+    }
+    again = [stage for stage, hashes in weights.items() if len(hashes) > 1]
+    report.paragraph(
+        "The seeds are those of the UNets; the first stage under them is the same one."
+        if not again
+        else "The seeds are those of the UNets; the first stage under them was trained anew for"
+        f" some of them ({', '.join(again)}), and its spread is in theirs."
+    )
+
+
+def _how_it_is_judged(diffusions: Sequence[DiffusionResult]) -> str:
+    counts = {r.stage: sum(other.stage == r.stage for other in diffusions) for r in diffusions}
+    spread = spread_of_seeds(diffusions)
+    if spread is None:
+        seeds = "There is one seed so far, so that its part in the errors is not in them."
+    else:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        seeds = f"Seeds: {told}; KID deviates by {spread:.0%} between them, pooled over all."
+    return (
+        "KID is that on MobileNetV2, ± its standard error; a difference counts from two standard"
+        f" errors of it, and otherwise cannot be told. {seeds}"
     )
 
 
@@ -127,7 +154,7 @@ def _reconstruction(report: Report, first_stages: Sequence[FirstStageResult]) ->
                 stage.codes,
                 scores["codes_used"],
                 scores["rate"],
-                scores["psnr"],
+                math.inf if scores["psnr"] is None else scores["psnr"],
                 scores["ssim"],
                 scores["lpips_mobilenet_v2"],
                 Estimate(**scores["rkid_mobilenet_v2"]),
@@ -203,24 +230,26 @@ def _colour(stage: str) -> str:
 
 
 def _restored(report: Report, output: Path, first_stages: Sequence[FirstStageResult]) -> None:
-    stages = [r.stage for r in first_stages if r.stage != "identity"]
-    stack = _stack(output, ["originals", *(f"{stage}-restored" for stage in stages)])
-    if stack is not None:
-        rows = ", ".join(["originals", *stages])
-        report.picture(stack, "reconstructions", f"Validation emoji; from above: {rows}.")
+    names = dict.fromkeys(r.stage for r in first_stages if r.stage != "identity")
+    rows = {"original": "originals", **{name: f"{name}-restored" for name in names}}
+    sheet = _sheet(output, rows)
+    if sheet is not None:
+        report.picture(sheet, "reconstructions", "Validation emoji and what is left of them.")
 
 
-def _stack(output: Path, names: Sequence[str]) -> Image.Image | None:
-    paths = [output / "pictures" / f"{name}.webp" for name in names]
-    strips = [Image.open(path).convert("RGB") for path in paths if path.is_file()]
-    if not strips:
-        return None
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet
+def _sheet(output: Path, rows: Mapping[str, str]) -> Image.Image | None:
+    """Rows of pictures that were kept side by side, by what stands at their left."""
+    pictures: dict[str, list[Image.Image]] = {}
+    for label, name in rows.items():
+        path = output / "pictures" / f"{name}.webp"
+        if path.is_file():
+            with Image.open(path) as row:
+                side = row.height
+                pictures[label] = [
+                    row.convert("RGB").crop((left, 0, left + side, side))
+                    for left in range(0, row.width, side)
+                ]
+    return labelled_rows(pictures) if pictures else None
 
 
 def _quality(
@@ -238,10 +267,10 @@ def _quality(
         "GFLOP per call",
         "training [images/s]",
         "steps",
-        "drawing [s per picture]",
+        "sampling [images/s]",
         "KID (MobileNetV2)",
-        "precision",
-        "recall",
+        "precision (MobileNetV2)",
+        "recall (MobileNetV2)",
     ]
     rows: list[list[Cell]] = []
     by_stage = {name: [r for r in diffusions if r.stage == name] for name in kid}
@@ -255,7 +284,7 @@ def _quality(
                 results[0].gflops,
                 statistics.fmean(r.images_per_second for r in results),
                 round(statistics.fmean(end.step for end in ends)),
-                statistics.fmean(r.sampling_seconds for r in results),
+                1.0 / statistics.fmean(r.sampling_seconds for r in results),
                 kid[name],
                 _mean(ends, "precision_mobilenet_v2"),
                 _mean(ends, "recall_mobilenet_v2"),
@@ -268,9 +297,11 @@ def _quality(
         for r in diffusions
         for k, p in enumerate(r.points)
     ]
-    report.csv("points", ["latent space", "seed", "step", "minutes", "kid"], every)
+    heads = ["latent space", "seed", "step", "minutes", "kid_mobilenet_v2"]
+    report.csv("points", heads, every)
+    spread = spread_of_seeds(diffusions)
     for name, label, log_x in (("minutes", "minutes of training", False), ("steps", "steps", True)):
-        lines = [_curve(stage, results, name) for stage, results in by_stage.items()]
+        lines = [_curve(stage, results, name, spread) for stage, results in by_stage.items()]
         figure = line_plot(
             lines, x_label=label, y_label="KID (MobileNetV2)", log_x=log_x, log_y=True
         )
@@ -285,9 +316,11 @@ def _mean(points: Sequence[Point], name: str) -> float:
     return statistics.fmean(point.card.numbers[name].value for point in points)
 
 
-def _curve(stage: str, results: Sequence[DiffusionResult], against: str) -> Line:
+def _curve(
+    stage: str, results: Sequence[DiffusionResult], against: str, spread: float | None
+) -> Line:
     count = min(len(result.points) for result in results)
-    kids = [kid_at(results, k) for k in range(count)]
+    kids = [kid_at(results, k, spread) for k in range(count)]
 
     def position(k: int) -> float:
         points = [result.points[k] for result in results]
@@ -306,8 +339,7 @@ def _curve(stage: str, results: Sequence[DiffusionResult], against: str) -> Line
 
 def _drawn(report: Report, output: Path, diffusions: Sequence[DiffusionResult]) -> None:
     first = min((r.seed for r in diffusions), default=0)
-    names = [f"{r.stage}-seed{r.seed}-drawn" for r in diffusions if r.seed == first]
-    stack = _stack(output, names)
-    if stack is not None:
-        rows = ", ".join(r.stage for r in diffusions if r.seed == first)
-        report.picture(stack, "drawn", f"Drawn at the end, one column a class; from above: {rows}.")
+    names = [r.stage for r in diffusions if r.seed == first]
+    sheet = _sheet(output, {name: f"{name}-seed{first}-drawn" for name in names})
+    if sheet is not None:
+        report.picture(sheet, "drawn", "Drawn at the end of the training, a class in each column.")

@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.config import Config, Document, read_yaml, to_yaml
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.evaluation.card import EvaluationCard
-from mezzotint.studies.compression.recipes import RESOLUTION, STAGES
+from mezzotint.studies.compression.recipes import RESOLUTION, STAGES, find_stage
 
 __all__ = [
     "CompressionStudy",
@@ -19,6 +19,7 @@ __all__ = [
     "Machine",
     "Point",
     "claim",
+    "first_stage_result",
     "read_results",
     "result_path",
     "write_result",
@@ -44,9 +45,14 @@ class CompressionStudy(Document):
     diffusion_minutes: float = Field(default=4.0, gt=0)
     points: int = Field(default=4, ge=1)
     samples: int = Field(default=256, ge=8)
-    steps: int = Field(default=20, ge=1)
+    steps: int = Field(default=12, ge=1)
     sampler: str = "dpmpp_2m"
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(seeds)))
 
     def scaled(self, scale: float) -> "CompressionStudy":
         """Return the study with so many times the minutes of training and the pictures."""
@@ -76,7 +82,8 @@ class FirstStageResult(Document):
         minutes: Of training.
         images_per_second: While training; None for the identity.
         weights: Hash of the weights.
-        scores: `mezzotint.evaluation.reconstruction.ReconstructionScores` on the validation emoji.
+        scores: `mezzotint.evaluation.reconstruction.ReconstructionScores` on the validation emoji;
+            the PSNR of the identity, which is infinite, is None.
         machine: What it was trained on.
     """
 
@@ -126,10 +133,27 @@ class DiffusionResult(Document):
     machine: Machine
 
 
-def result_path(output: Path, stage: str, seed: int | None = None) -> Path:
-    """Return where the result of a first stage lies, or with a seed that of a UNet on it."""
-    name = stage if seed is None else f"{stage}-seed{seed}"
-    return output / "runs" / f"{name}.json"
+def result_path(output: Path, stage: str, seed: int | None = None, weights: str = "") -> Path:
+    """Return where a result lies.
+
+    Args:
+        output: Folder of the results.
+        stage: Name of the first stage.
+        seed: Of the UNet on it; None is the first stage itself.
+        weights: Hash of a first stage that had to be trained once more, beside the first.
+    """
+    parts = [stage, f"seed{seed}" if seed is not None else "", weights[:6]]
+    return output / "runs" / f"{'-'.join(part for part in parts if part)}.json"
+
+
+def first_stage_result(output: Path, stage: str, weights: str) -> Path:
+    """Return where the result of a first stage with certain weights lies, or shall lie."""
+    path = result_path(output, stage)
+    if path.is_file():
+        found = _read_result(path)
+        if isinstance(found, FirstStageResult) and found.weights != weights:
+            return result_path(output, stage, weights=weights)
+    return path
 
 
 def write_result(path: Path, result: FirstStageResult | DiffusionResult) -> None:
@@ -148,36 +172,47 @@ def read_results(output: Path) -> tuple[list[FirstStageResult], list[DiffusionRe
     first_stages: list[FirstStageResult] = []
     diffusions: list[DiffusionResult] = []
     for path in sorted((output / "runs").glob("*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: damaged; delete it to measure anew: {error}") from None
-        if data.get("kind") == "diffusion":
-            diffusions.append(DiffusionResult.from_dict(data, str(path)))
+        result = _read_result(path)
+        if isinstance(result, DiffusionResult):
+            diffusions.append(result)
         else:
-            first_stages.append(FirstStageResult.from_dict(data, str(path)))
+            first_stages.append(result)
     order = [stage.name for stage in STAGES]
     first_stages.sort(key=lambda result: order.index(result.stage))
     diffusions.sort(key=lambda result: (order.index(result.stage), result.seed))
     return first_stages, diffusions
 
 
-def claim(study: CompressionStudy, output: Path) -> None:
-    """Make the folder the study's; other seeds may be added to a study later.
+def _read_result(path: Path) -> FirstStageResult | DiffusionResult:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged; delete it to measure anew: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: damaged; delete it to measure anew")
+    kind = DiffusionResult if data.get("kind") == "diffusion" else FirstStageResult
+    result = kind.from_dict(cast(dict[str, Any], data), str(path))
+    find_stage(result.stage)
+    return result
+
+
+def claim(study: CompressionStudy, folder: Path) -> None:
+    """Make a folder of results or of training runs the study's; seeds may be added to it later.
 
     Raises:
-        ConfigError: If the results there are of a study with other settings.
+        ConfigError: If what is there belongs to a study with other settings.
     """
-    record = output / "study.yaml"
+    record = folder / "study.yaml"
     if record.is_file():
         stored = CompressionStudy.from_dict(read_yaml(record), str(record))
         ours, theirs = study.to_dict(), stored.to_dict()
         different = [key for key in ours if key != "seeds" and ours[key] != theirs[key]]
         if different:
             raise ConfigError(
-                f"{output}: holds results of a study with other values of {', '.join(different)};"
-                " use the same ones, or another --output"
+                f"{folder}: belongs to a study with other values of {', '.join(different)};"
+                " use the same ones, or other folders for --output and --work"
             )
-        study = study.model_copy(update={"seeds": tuple({*stored.seeds, *study.seeds})})
-    output.mkdir(parents=True, exist_ok=True)
+        seeds = tuple(sorted({*stored.seeds, *study.seeds}))
+        study = study.model_copy(update={"seeds": seeds})
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, to_yaml(study).encode())

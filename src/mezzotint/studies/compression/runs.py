@@ -1,6 +1,7 @@
 """Training and measuring the runs of the compression study, one after the other."""
 
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -18,7 +20,7 @@ from mezzotint.checkpoints.model import load_first_stage, load_model
 from mezzotint.data.emoji import EmojiData
 from mezzotint.device import Execution, precision_name, select_device, select_precision, threads
 from mezzotint.evaluation.evaluate import evaluate
-from mezzotint.evaluation.grids import image_grid
+from mezzotint.evaluation.metrics import ssim
 from mezzotint.evaluation.protocol import EvaluationProtocol
 from mezzotint.evaluation.reconstruction import measure_reconstruction, restore
 from mezzotint.generation.generate import generate_each
@@ -42,11 +44,13 @@ from mezzotint.studies.compression.results import (
     Machine,
     Point,
     claim,
+    first_stage_result,
     result_path,
     write_result,
 )
+from mezzotint.studies.plots import plot_style
 from mezzotint.training.checkpoint import list_checkpoints, read_checkpoint
-from mezzotint.training.recipe import Recipe
+from mezzotint.training.recipe import DiffusionRecipe, Recipe
 from mezzotint.training.run import train
 
 __all__ = ["run_compression_study"]
@@ -69,21 +73,27 @@ def run_compression_study(
         study: What to do.
         output: Folder of the results: ``study.yaml``, ``runs/*.json``, ``pictures/*.webp``.
         work: Folder of the training runs; a run that was stopped goes on where it stood. A first
-            stage that is no longer there is trained again if a UNet is still to be trained on it.
+            stage that is no longer there is trained again if a UNet is still to be trained on it,
+            and then has a result of its own.
         stages: Names of the first stages to do now; all by default.
         device: ``auto``, ``cpu``, ``cuda``, …
         console: Where progress is shown.
 
     Raises:
-        ConfigError: If a name is unknown, or the results there are of another study.
+        ConfigError: If a name is unknown, or one of the folders belongs to another study.
+        MissingExtraError: If what measures or plots is not installed.
     """
     chosen = [find_stage(name) for name in stages] if stages else list(STAGES)
-    claim(study, output)
+    _check_extras()
+    for folder in (output, work):
+        claim(study, folder)
     execution = select_precision("auto", select_device(device))
     runner = _Runner(study, output, work, execution, device, console or Console())
     for stage in chosen:
         for seed in study.seeds:
-            if not result_path(output, stage.name, seed).is_file():
+            if result_path(output, stage.name, seed).is_file():
+                shutil.rmtree(runner.diffusion_run(stage, seed), ignore_errors=True)
+            else:
                 runner.diffusion(stage, seed)
         if not result_path(output, stage.name).is_file():
             runner.first_stage(stage)
@@ -115,8 +125,8 @@ class _Runner:
         run = self.work / stage.name / "first_stage"
         first_stage = self._trained(stage, run).to(self.execution.device).eval()
         weights = fingerprint(first_stage.state_dict().items())
-        path = result_path(self.output, stage.name)
-        if path.is_file() and json.loads(path.read_text())["weights"] == weights:
+        path = first_stage_result(self.output, stage.name, weights)
+        if path.is_file():
             return first_stage
         images = _validation(self.study.resolution)
         scores = measure_reconstruction(first_stage, images, execution=self.execution)
@@ -125,8 +135,9 @@ class _Runner:
         speed = _images_per_second(run, AUTOENCODER_BATCH) if trained else None
         self._say(f"{stage.name}: {scores.rate:.3g} bits per pixel, PSNR {scores.psnr:.2f} dB")
         shown = images[:: max(1, len(images) // _SHOWN)][:_SHOWN]
-        self._strip(f"{stage.name}-restored", _pictures(restore(first_stage, shown)))
-        self._strip("originals", _pictures(shown))
+        if trained:
+            self._strip(f"{stage.name}-restored", restore(first_stage, shown))
+        self._strip("originals", shown)
         result = FirstStageResult(
             stage=stage.name,
             parameters=sum(p.numel() for p in first_stage.parameters()),
@@ -134,7 +145,7 @@ class _Runner:
             minutes=minutes,
             images_per_second=speed,
             weights=weights,
-            scores=asdict(scores),
+            scores=asdict(scores) | {"psnr": scores.psnr if math.isfinite(scores.psnr) else None},
             machine=self.machine,
         )
         write_result(path, result)
@@ -152,10 +163,14 @@ class _Runner:
         self._train(recipe, run)
         return load_first_stage(run / "model" / "vae")[0]
 
+    def diffusion_run(self, stage: Stage, seed: int) -> Path:
+        """Return the run folder of a UNet."""
+        return self.work / stage.name / f"diffusion-seed{seed}"
+
     def diffusion(self, stage: Stage, seed: int) -> None:
         """Train one UNet in the latent space of a first stage, and measure its checkpoints."""
         weights = fingerprint(self.first_stage(stage).state_dict().items())
-        run = self.work / stage.name / f"diffusion-seed{seed}"
+        run = self.diffusion_run(stage, seed)
         recipe = diffusion_recipe(
             stage,
             first_stage=str(self.work / stage.name / "first_stage"),
@@ -168,7 +183,7 @@ class _Runner:
         model = load_model(run / "model")
         points = [
             self._measure(model, path, run, f"{stage.name} seed {seed}")
-            for path in _thinned(list_checkpoints(run / "checkpoints"), self.study.points)
+            for path in _at_points(run, self.study)
         ]
         seconds = points[-1].card.cost.pictures_seconds
         assert seconds is not None, "the pictures were drawn just now"
@@ -203,11 +218,11 @@ class _Runner:
             guidance_scale=1.0,
         )
         kid = card.numbers["kid_mobilenet_v2"].value
-        self._say(f"{called}: KID {kid:.4f} after {checkpoint.step:,} steps")
+        self._say(f"{called}: KID (MobileNetV2) {kid:.4f} after {checkpoint.step:,} steps")
         minutes = float(checkpoint.values["seconds"]) / 60
         return Point(step=checkpoint.step, minutes=minutes, card=card)
 
-    def _drawn(self, model: LatentDiffusion, run: Path) -> list[Image.Image]:
+    def _drawn(self, model: LatentDiffusion, run: Path) -> Tensor:
         """Pictures of the first classes, as the model draws them at the end of its training."""
         pipeline = Pipeline(model, self.execution, str(run))
         classes = EmojiData(data_config("train", self.study.resolution)).class_names
@@ -221,21 +236,33 @@ class _Runner:
             )
             for k in range(_SHOWN)
         ]
-        return [drawn.image for drawn in generate_each(pipeline, requests)]
+        drawn = [np.array(item.image) for item in generate_each(pipeline, requests)]
+        return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
 
     def _train(self, recipe: Recipe, run: Path) -> None:
-        if not (run / "model").is_dir():
+        diffusion = isinstance(recipe, DiffusionRecipe)
+        last_written = "model_index.json" if diffusion else "vae/config.json"
+        if not (run / "model" / last_written).is_file():
             resume = (run / "recipe.yaml").is_file()
             train(recipe, output=run, resume=resume, device=self.device, console=self.console)
 
     def _say(self, text: str) -> None:
         self.console.print(f"[study] {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def _strip(self, name: str, pictures: Sequence[Image.Image]) -> None:
+    def _strip(self, name: str, images: Tensor) -> None:
+        """Keep pictures ``(N, 3, H, W)`` uint8 side by side; the report takes them apart again."""
         folder = self.output / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
-        sheet = image_grid(pictures, columns=len(pictures))
-        sheet.save(folder / f"{name}.webp", quality=92, method=6)
+        row = Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy())
+        row.save(folder / f"{name}.webp", quality=92, method=6)
+
+
+def _check_extras() -> None:
+    """Tell of a missing package before hours of training, and not after them."""
+    blank = torch.zeros(1, 3, 16, 16)
+    ssim(blank, blank)
+    with plot_style():
+        pass
 
 
 def _protocol(samples: int) -> EvaluationProtocol:
@@ -256,15 +283,14 @@ def _validation(resolution: int) -> Tensor:
     return torch.stack([data.load(k).image for k in range(len(data))])
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-
-
-def _thinned(checkpoints: list[Path], points: int) -> list[Path]:
-    """So many of the checkpoints, evenly spaced, the last one among them."""
-    count = len(checkpoints)
-    kept = {round((k + 1) * count / points) - 1 for k in range(points)}
-    return [path for k, path in enumerate(checkpoints) if k in kept]
+def _at_points(run: Path, study: CompressionStudy) -> list[Path]:
+    """The checkpoints nearest to the study's points in time; those at interruptions are left."""
+    times = {
+        path: float(read_checkpoint(path).values["seconds"]) / 60
+        for path in list_checkpoints(run / "checkpoints")
+    }
+    wanted = [study.diffusion_minutes * (k + 1) / study.points for k in range(study.points)]
+    return [min(times, key=lambda path: abs(times[path] - minutes)) for minutes in wanted]
 
 
 def _end_of(run: Path) -> tuple[int, float]:
