@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,13 @@ def test_scaling_multiplies_training_and_pictures() -> None:
         CompressionStudy.from_dict({"resolution": 100})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEZZOTINT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def study() -> CompressionStudy:
     return CompressionStudy(
@@ -232,6 +240,7 @@ def study() -> CompressionStudy:
         diffusion_minutes=0.02,
         points=2,
         samples=8,
+        reference_samples=32,
         steps=2,
     )
 

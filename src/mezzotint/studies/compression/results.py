@@ -35,6 +35,7 @@ class CompressionStudy(Document):
         diffusion_minutes: Of training for each UNet.
         points: How often in that time its pictures are measured, evenly spaced.
         samples: Pictures drawn for each of these.
+        reference_samples: Training emoji that they are compared with, evenly spread; None is all.
         steps: Of the sampler.
         sampler: A name of `mezzotint.diffusion.samplers.SAMPLERS`.
         seeds: One UNet is trained in each latent space for each.
@@ -45,6 +46,7 @@ class CompressionStudy(Document):
     diffusion_minutes: float = Field(default=4.0, gt=0)
     points: int = Field(default=4, ge=1)
     samples: int = Field(default=256, ge=8)
+    reference_samples: int | None = Field(default=None, ge=8)
     steps: int = Field(default=12, ge=1)
     sampler: str = "dpmpp_2m"
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)

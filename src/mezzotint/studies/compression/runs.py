@@ -212,7 +212,7 @@ class _Runner:
         card = evaluate(
             Pipeline(model, self.execution, str(run)),
             data_config("train", self.study.resolution),
-            _protocol(self.study.samples),
+            _protocol(self.study),
             steps=self.study.steps,
             sampler=self.study.sampler,
             guidance_scale=1.0,
@@ -265,14 +265,15 @@ def _check_extras() -> None:
         pass
 
 
-def _protocol(samples: int) -> EvaluationProtocol:
+def _protocol(study: CompressionStudy) -> EvaluationProtocol:
     return EvaluationProtocol(
         name="compression-study",
         description="few pictures of short trainings: KID first, no standard error for the rest",
         metrics=("kid", "precision", "recall"),
         network="mobilenet-v2",
         resize="bicubic-antialias",
-        samples=samples,
+        samples=study.samples,
+        reference_samples=study.reference_samples,
         kid_subsets=None,
     )
 
