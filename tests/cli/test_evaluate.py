@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from mezzotint.cli.main import app
-from mezzotint.errors import ConfigError, DataError
+from mezzotint.errors import CheckpointError, ConfigError, DataError
 from mezzotint.evaluation.card import EvaluationCard
 
 PROTOCOL = {
@@ -81,7 +81,33 @@ def test_two_cards_are_compared() -> None:
     refused = mezzotint(*call, "-o", "d.json", "--compare", "a.json", "-n", 9)
     assert isinstance(refused.exception, DataError)
     assert "count of pictures (10 against 9)" in str(refused.exception)
-    assert Path("d.json").is_file()  # the numbers are not lost for it
+    assert not Path("d.json").exists()  # it is told before anything is computed
+
+
+def test_what_was_searched_and_what_was_left_out_is_said() -> None:
+    small = PROTOCOL | {"metrics": ["kid", "nearest_training", "retrieval"]}
+    Path("tiny.yaml").write_text(yaml.safe_dump(small))
+    call = ("evaluate", "drawn", "--protocol", "tiny.yaml", "--against")
+    lines = mezzotint(*call, "real").stdout.splitlines()
+    assert "copies were looked for among 10 of real" in lines
+    assert any(line.startswith("retrieval: left out: only pictures that") for line in lines)
+    Path("real").rename("test")
+    lines = mezzotint(*call, "test").stdout.splitlines()
+    assert any(line.startswith("nearest_training: left out: test is held out") for line in lines)
+    assert not any("copies were" in line for line in lines)
+
+
+def test_the_numbers_are_printed_even_if_the_card_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(card: EvaluationCard, path: Path) -> None:
+        raise CheckpointError(f"{path}: cannot be written: no space left")
+
+    monkeypatch.setattr(EvaluationCard, "write", full)
+    done = mezzotint("evaluate", "drawn", "--against", "real", "--protocol", "tiny.yaml")
+    assert isinstance(done.exception, CheckpointError)
+    assert any(line.startswith("kid_random ") for line in done.stdout.splitlines())
+    assert list(Path("cache/mezzotint/evaluations").glob("*/evaluated/*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +116,10 @@ def test_two_cards_are_compared() -> None:
         (["--protocol", "tiny.yml"], "tiny.yml: no such file"),
         (["--protocol", "smal"], "did you mean 'small'"),
         (["-o", "card.txt"], "name it *.json"),
+        (["-o", "real/0.png/card.json"], "0.png is a file, not a folder"),
+        (["--grid", "real"], "--grid real: is a folder"),
+        (["--resolution", "0"], "resolution: must be at least 1, got 0"),
+        (["--against-resolution", "-3"], "against_resolution: must be at least 1, got -3"),
         (["--compare", "none.json"], "none.json: no such card"),
         (["--weights", "inception"], "expected NAME=PATH"),
         (["--protocol", "tiny.yaml", "-n", "0"], "samples: "),

@@ -108,6 +108,7 @@ def test_the_ranks_of_torchrun_give_the_same(
         assert process.wait(timeout=100) == 0, (tmp_path / "errors.txt").read_text()
     found = numbers(EvaluationCard.read(tmp_path / "card.json"))
     assert found == pytest.approx(expected, rel=1e-6)
+    assert list((tmp_path / "cache" / "mezzotint" / "evaluations").iterdir()) == []
 
 
 def test_a_run_killed_half_way_goes_on_and_gives_the_same(

@@ -1,16 +1,28 @@
-"""What the README tells a newcomer to type, typed."""
+"""What the README and the guide to measuring tell a newcomer to type, typed."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from mezzotint.cli.main import app
+from mezzotint.config import to_yaml
+from mezzotint.evaluation.card import EvaluationCard
+from mezzotint.evaluation.protocol import PROTOCOLS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+MEASURING = (ROOT / "docs" / "guides" / "measuring.md").read_text()
 MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_python_block_runs(text_run, tmp_path, monkeypatch):
@@ -44,3 +56,60 @@ def test_every_recipe_that_it_names_is_shipped():
 
     named = {w for b in blocks("sh") for w in re.findall(r"mezzotint train ([\w-]+)", b)}
     assert named and named <= set(recipe_names())
+
+
+@pytest.fixture
+def measured(text_run, tiny, tmp_path, monkeypatch):
+    """A folder with what the guide names, and the protocol small on a quick network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "runs" / "folder-autoencoder").symlink_to(tiny.autoencoder_run)
+    rng = np.random.default_rng(0)
+    for name, count in (("outputs/drawn", 30), ("photos/train", 30), ("photos/test", 4)):
+        (tmp_path / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+    small = PROTOCOLS["small"].model_copy(update={"name": "quick", "network": "random"})
+    (tmp_path / "quick.yaml").write_text(to_yaml(small))
+    return tmp_path
+
+
+def test_the_guides_evaluations_run(measured):
+    commands = [c for b in blocks("sh", MEASURING) for c in b.replace("\\\n", "").splitlines()]
+    evaluations = [c for c in commands if c.startswith("mezzotint evaluate")]
+    quick = [c for c in evaluations if "--weights" not in c]  # those are not shipped
+    assert len(quick) == len(evaluations) - 1 == 4
+    for line in quick:
+        command = line.replace("mezzotint", str(MEZZOTINT), 1)
+        if "autoencoder" not in line:
+            command += " --protocol quick.yaml"
+        subprocess.run(["sh", "-c", command], check=True, capture_output=True)
+    card = EvaluationCard.read(Path("outputs/demo.json"))
+    assert card.evaluated.count == 96 and "retrieval_random" in card.numbers
+    assert EvaluationCard.read(Path("outputs/folder-autoencoder-reconstruction.json")).numbers
+    assert Path("outputs/restored.png").is_file()
+    assert list(Path("cache/mezzotint/evaluations").iterdir()) == []
+
+
+def test_the_guides_other_commands_are_there():
+    lines = [c for b in blocks("sh", MEASURING) for c in b.splitlines() if "mezzotint study" in c]
+    assert len(lines) == 2
+    study = typer.main.get_command(app).commands["study"]
+    for line in lines:
+        _, _, name, *words = line.split()
+        known = {option for p in study.commands[name].params for option in p.opts}
+        assert {w for w in words if w.startswith("--")} <= known
+
+
+def test_the_guides_python_block_runs(measured):
+    (block,) = blocks("python", MEASURING)
+    namespace: dict[str, object] = {}
+    exec(compile(block, "measuring.md", "exec"), namespace)  # noqa: S102
+    assert namespace["card"].evaluated.count == 24
+
+
+def test_the_guide_names_every_protocol():
+    assert re.findall(r"^\| `([\w-]+)` \|", MEASURING, flags=re.MULTILINE) == list(PROTOCOLS)

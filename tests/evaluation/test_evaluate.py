@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mezzotint import evaluate, load
 from mezzotint.config import to_yaml
+from mezzotint.data import EmojiDataConfig, FolderData, FolderDataConfig
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError, RequestError
 from mezzotint.evaluation.card import EvaluationCard, incomparable
-from mezzotint.evaluation.drawing import spread
+from mezzotint.evaluation.distributions import nearest_neighbours
+from mezzotint.evaluation.drawing import spread, targets_of
+from mezzotint.evaluation.metrics import retrieval
+from mezzotint.evaluation.pictures import EmojiPictures, PictureFolder
 from mezzotint.evaluation.protocol import PROTOCOLS, EvaluationProtocol
+from mezzotint.models.features import load_features
 
 Write = Callable[..., Path]
 
@@ -207,6 +214,140 @@ def test_sizes_follow_the_measured_pictures(
     assert (card.evaluated.height, card.reference.height) == (12, 12)
 
 
+def test_copies_are_looked_for_among_training_pictures_alone(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    """However few of them the reference has; and not at all where they are not known."""
+    drawn = write_pictures(tmp_path / "drawn", 20)
+    for name, count in (("train", 30), ("test", 12)):
+        write_pictures(tmp_path / "data" / name, count, seed=count)
+    few = changed(protocol, reference_samples=10)
+    card = evaluate(drawn, tmp_path / "data", few)
+    assert card.training is not None
+    assert (card.reference.count, card.training.count) == (10, 30)
+    network = load_features("random")
+    seen, known = (
+        network.extract(PictureFolder(folder).read(0, count), "bicubic-antialias")[0]
+        for folder, count in ((drawn, 20), (tmp_path / "data" / "train", 30))
+    )
+    expected = float(nearest_neighbours(seen, known)[0].double().median())
+    assert values(card)["nearest_training_random"] == pytest.approx(expected, rel=1e-5)
+
+    (tmp_path / "data" / "train").rename(tmp_path / "elsewhere")
+    card = evaluate(drawn, tmp_path / "data", few, split="test")
+    assert card.training is None
+    assert "is held out, and no training pictures" in card.left_out["nearest_training"]
+    assert not any(name.startswith("nearest_training") for name in card.numbers)
+    assert "kid_random" in card.numbers
+    alone = changed(few, metrics=["nearest_training"])
+    message = refused(DataError, drawn, tmp_path / "data", alone, split="test")
+    assert "nothing can be measured here: nearest_training: " in message
+
+
+def test_one_broken_picture_of_many_is_skipped(
+    tmp_path: Path, write_pictures: Write, protocol: EvaluationProtocol
+) -> None:
+    folder = write_pictures(tmp_path / "a", 100, side=8)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:-40])
+    card = evaluate(folder, folder, changed(protocol, samples=100, fewer=False))
+    assert (card.evaluated.count, card.evaluated.broken, card.reference.broken) == (99, 1, 1)
+
+
+def test_what_could_not_be_compared_is_refused_before_anything_is_drawn(
+    tmp_path: Path, class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    options: dict[str, Any] = {"samples": 18, "steps": 1}
+    before = evaluate(class_model, clothes, protocol, **options)
+    again = evaluate(class_model, clothes, protocol, compare_with=before, **options)
+    assert incomparable(before, again) == []
+    other = changed(protocol, manifold_k=2)
+    work = tmp_path / "work"
+    message = refused(
+        DataError, class_model, clothes, other, compare_with=before, work=work, steps=1, samples=17
+    )
+    assert "protocol.manifold_k (3 against 2)" in message
+    assert "count of pictures (18 against 17)" in message
+    assert not work.exists()
+
+
+def test_the_work_stays_until_the_card_is_safe(
+    class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    def full(_: EvaluationCard) -> None:
+        raise CheckpointError("the disk is full")
+
+    options: dict[str, Any] = {"samples": 18, "steps": 1}
+    with pytest.raises(CheckpointError, match="full"):
+        evaluate(class_model, clothes, protocol, on_card=full, **options)
+    work = Path(os.environ["XDG_CACHE_HOME"]) / "mezzotint" / "evaluations"
+    assert len(list(work.glob("*/evaluated/*.safetensors"))) == 3
+    done: list[int] = []
+    told: list[EvaluationCard] = []
+    card = evaluate(
+        class_model,
+        clothes,
+        protocol,
+        on_card=told.append,
+        on_progress=lambda _, so_far, __: done.append(so_far),
+        **options,
+    )
+    assert told == [card] and done == [18]  # nothing was drawn again
+    assert list(work.iterdir()) == []
+
+
+def test_retrieval_is_among_the_pictures_whose_captions_are_drawn(
+    tmp_path: Path, text_run: Path, protocol: EvaluationProtocol
+) -> None:
+    asked = changed(protocol, metrics=["kid", "retrieval"])
+    work = tmp_path / "work"
+    real = EmojiDataConfig(names=("red-apple", "bus", "cloud", "key", "panda"))
+    card = evaluate(text_run, real, asked, samples=12, steps=2, work=work)
+    files = sorted((work / "evaluated").glob("*.safetensors"))
+    drawn = torch.cat([load_file(path)["features.random"] for path in files])
+    pictures = EmojiPictures(real.model_copy(update={"resolution": 32})).read(0, 5)
+    known = load_features("random").extract(pictures, "bicubic-antialias")[0]
+    named = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 2])
+    right = retrieval(drawn, known) == named
+    assert card.numbers["retrieval_random"].value == float(right.double().mean())
+    assert card.left_out == {}
+
+
+def test_without_captions_retrieval_is_left_out(
+    class_model: Path, clothes: Path, protocol: EvaluationProtocol
+) -> None:
+    asked = changed(protocol, metrics=["kid", "retrieval"])
+    for card in (
+        evaluate(class_model, clothes, asked, samples=6, steps=1),
+        evaluate(clothes / "test", clothes, asked),
+    ):
+        assert "a model drew from captions" in card.left_out["retrieval"]
+        assert list(card.numbers) == ["kid_random"]
+
+
+def test_targets_are_found_by_name(tmp_path: Path, write_pictures: Write) -> None:
+    """Folders of pictures and data sets do not sort paths alike."""
+    write_pictures(tmp_path / "a", 2)
+    write_pictures(tmp_path / "a-b", 2, seed=1)
+    pictures = PictureFolder(tmp_path)
+
+    def describe(captions: list[str]) -> FolderData:
+        rows = [
+            {"file_name": name, "text": caption}
+            for name, caption in zip(pictures.names, captions, strict=True)
+        ]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return FolderData(FolderDataConfig(path=str(tmp_path), caption_column="text"))
+
+    data = describe([f"picture {name}" for name in pictures.names])
+    targets = targets_of(data, 6, pictures.names)
+    assert isinstance(targets, list)
+    captions = [data.describe(k)[0] for k in spread(6, 4)]
+    assert [f"picture {pictures.names[k]}" for k in targets] == captions
+    assert "not among those compared with" in str(targets_of(data, 6, pictures.names[1:]))
+    same = describe(["one", "two", "two", "three"])
+    assert "the same caption" in str(targets_of(same, 4, pictures.names))
+
+
 def refused(kind: type[MezzotintError], *arguments: Any, **options: Any) -> str:
     with pytest.raises(kind) as caught:
         evaluate(*arguments, **options)
@@ -259,16 +400,25 @@ def test_networks_that_are_not_there(tmp_path: Path, write_pictures: Write) -> N
     )
     assert "the protocol small does not use 'inception-v3'; Choose from: mobilenet-v2" in message
     mine = EvaluationProtocol.from_dict(
-        PROTOCOLS["adm"].to_dict() | {"name": "mine", "network": "mobilenet-v2", "samples": 30}
+        PROTOCOLS["adm"].to_dict() | {"name": "mine", "network": "vgg16", "samples": 30}
     )
     message = refused(ConfigError, folder, folder, mine)
-    assert "inception_score needs class logits, which the network 'mobilenet-v2' has not" in message
+    assert "inception_score needs class logits, which the network 'vgg16' has not" in message
     wrong = tmp_path / "weights.safetensors"
     wrong.write_bytes(b"weights")
     located = {"inception-v3-fid": f"{wrong}#{'0' * 64}"}
     message = refused(CheckpointError, folder, folder, "adm", samples=30, weights=located)
     assert "sha256" in message.lower() and "weights.safetensors" in message
     assert "did you mean 'small'" in refused(ConfigError, folder, folder, "smal")
+
+
+@pytest.mark.parametrize("name", ["resolution", "against_resolution"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_a_side_is_at_least_1(
+    clothes: Path, protocol: EvaluationProtocol, name: str, value: int
+) -> None:
+    message = refused(ConfigError, clothes / "test", clothes, protocol, **{name: value})
+    assert message == f"{name}: must be at least 1, got {value}"
 
 
 def test_models_and_data_that_do_not_fit(

@@ -118,18 +118,39 @@ def test_broken_files_are_named(tmp_path: Path, write_pictures: Write) -> None:
     with pytest.raises(DataError) as caught:
         PictureFolder(folder)
     message = str(caught.value)
+    assert "5 of 6 pictures are broken, and at most 1.0% are skipped: " in message
     assert "000.png: broken: cannot identify image file;" in message
     assert message.endswith("and 2 more: mend or remove them")
 
 
-def test_a_truncated_file_is_found_when_its_pixels_are_read(
+@pytest.mark.parametrize("name", ["001.png", "001.jpg"])
+def test_a_truncated_file_is_found_when_the_folder_is_opened(
+    tmp_path: Path, write_pictures: Write, name: str
+) -> None:
+    folder = write_pictures(tmp_path, 1, side=64)
+    path = folder / name
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=rf"{name}: broken: .*truncated.*: mend or remove it"):
+        PictureFolder(folder)
+
+
+def test_a_broken_picture_among_many_is_skipped_and_counted(
     tmp_path: Path, write_pictures: Write
 ) -> None:
-    folder = write_pictures(tmp_path, 2, side=64)
-    path = folder / "001.png"
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"001\.png: broken: .*truncated: mend or remove it"):
-        PictureFolder(folder).read(0, 2)
+    folder = write_pictures(tmp_path, 100, side=8)
+    before = PictureFolder(folder).read(38, 42)
+    path = folder / "040.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    pictures = PictureFolder(folder)
+    record = pictures.record
+    assert (record.count, record.available, record.broken) == (99, 100, 1)
+    assert "040.png" not in pictures.names and len(pictures.names) == 99
+    assert torch.equal(pictures.read(38, 41), before[[0, 1, 3]])
+    (folder / "041.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"2 of 100 pictures are broken, and at most 1\.0%"):
+        PictureFolder(folder)
+    assert len(PictureFolder(folder, max_broken=0.02)) == 98
 
 
 def test_an_empty_folder_and_none(tmp_path: Path, write_pictures: Write) -> None:
@@ -164,4 +185,5 @@ def test_emoji_are_their_plain_view() -> None:
     again = pickle.loads(pickle.dumps(pictures))
     assert torch.equal(again.read(2, 5), expected[2:5])
     assert again.record == pictures.record
+    assert again.names == [data.load(k).name for k in chosen]
     assert EmojiPictures(config).record.fingerprint != pictures.record.fingerprint

@@ -24,6 +24,7 @@ from mezzotint.evaluation.protocol import METRICS, PROTOCOLS, EvaluationProtocol
                 "fewer": False,
                 "reference_split": "train",
                 "reference_samples": None,
+                "manifold_reference_samples": 10_000,
                 "inception_splits": 10,
                 "inception_shuffle_seed": 2020,
                 "ema": True,
@@ -36,6 +37,7 @@ from mezzotint.evaluation.protocol import METRICS, PROTOCOLS, EvaluationProtocol
                 "resize": "tf1-bilinear",
                 "samples": 50_000,
                 "manifold_k": 3,
+                "manifold_reference_samples": 10_000,
                 "inception_shuffle_seed": None,
                 "real_side": "reference",
             },
@@ -47,6 +49,8 @@ from mezzotint.evaluation.protocol import METRICS, PROTOCOLS, EvaluationProtocol
                 "resize": "tf1-bilinear",
                 "manifold_network": "vgg16",
                 "manifold_k": 3,
+                "manifold_reference_samples": None,
+                "real_side": "reference",
                 "kid_subsets": 100,
                 "kid_subset_size": 1000,
                 "inception_splits": 10,
@@ -71,6 +75,15 @@ from mezzotint.evaluation.protocol import METRICS, PROTOCOLS, EvaluationProtocol
                 "resize": "bicubic-antialias",
             },
         ),
+        (
+            "reconstruction",
+            {
+                "network": "mobilenet-v2",
+                "fewer": True,
+                "reference_split": "validation",
+                "of_first_stages": True,
+            },
+        ),
     ],
 )
 def test_the_facts_of_each(name: str, facts: dict[str, object]) -> None:
@@ -82,6 +95,8 @@ def test_the_facts_of_each(name: str, facts: dict[str, object]) -> None:
 def test_the_names_are_their_own_and_frozen() -> None:
     assert {name: p.name for name, p in PROTOCOLS.items()} == {name: name for name in PROTOCOLS}
     assert PROTOCOLS["small"].metrics[0] == "kid"
+    assert "retrieval" in PROTOCOLS["small"].metrics
+    assert [name for name, p in PROTOCOLS.items() if p.of_first_stages] == ["reconstruction"]
     with pytest.raises(TypeError):
         PROTOCOLS["mine"] = PROTOCOLS["small"]  # pyright: ignore
     with pytest.raises(ValueError, match="frozen"):
@@ -113,6 +128,8 @@ def test_what_each_metric_needs() -> None:
         "density": 6,
         "coverage": 6,
         "nearest_training": 2,
+        "retrieval": 1,
+        **dict.fromkeys(("rate", "psnr", "ssim", "lpips", "rkid", "rfid"), 3),
     }
     assert (protocol.needs(), protocol.needed_by()) == (1000, "kid")
     assert PROTOCOLS["small"].needs() == 20  # ten groups of two for FID's standard error
@@ -139,6 +156,12 @@ def test_an_unknown_name_is_answered_by_the_nearest() -> None:
         ({"resamples": 1}, "at least 2, or 0"),
         ({"resise": "tf1-bilinear"}, "did you mean 'resize'"),
         ({"name": "adm"}, "is a built-in protocol"),
+        (
+            {"manifold_reference_samples": 5},
+            "manifold_reference_samples: 5 are too few: density takes at least 6",
+        ),
+        ({"metrics": ["kid", "psnr"]}, "psnr is of a first stage, and others are of a set"),
+        ({"metrics": ["psnr"], "network": "random"}, "are measured on mobilenet-v2"),
     ],
 )
 def test_a_wrong_file_is_told(tmp_path: Path, changes: dict[str, object], told: str) -> None:

@@ -1,5 +1,6 @@
 """Numbers of a protocol are those of the distances, under their names, with honest errors."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ def seen(generated: Tensor, real: Tensor, training: Tensor | None = None) -> See
         {"random": generated},
         {"random": real},
         {"random": real if training is None else training},
+        {"random": "0" * 64},
     )
 
 
@@ -37,7 +39,8 @@ def changed(protocol: EvaluationProtocol, **changes: Any) -> EvaluationProtocol:
 
 def test_every_number_stands_under_its_name_in_order(protocol: EvaluationProtocol) -> None:
     x, y = gaussian(60, 0, 0.3), gaussian(50, 1)
-    numbers = score(changed(protocol, metrics=[*protocol.metrics, "inception_score"]), seen(x, y))
+    told = changed(protocol, metrics=[*protocol.metrics, "inception_score", "retrieval"])
+    numbers = score(told, replace(seen(x, y), targets=torch.arange(60) % 50))
     assert list(numbers) == [
         f"{name}_random"
         for name in (
@@ -50,8 +53,10 @@ def test_every_number_stands_under_its_name_in_order(protocol: EvaluationProtoco
             "nearest_training",
             "nearest_training_ratio",
             "inception_score",
+            "retrieval",
         )
     ]
+    assert list(score(told, seen(x, y), ("recall", "fid"))) == ["recall_random", "fid_random"]
     found = {name.removesuffix("_random"): n.value for name, n in numbers.items()}
     fid = frechet_distance(FeatureStatistics.of(x), FeatureStatistics.of(y))
     assert found["kid"] == kid(x, y).value
@@ -99,9 +104,45 @@ def test_a_protocol_may_tell_no_errors(protocol: EvaluationProtocol) -> None:
 def test_the_manifold_may_have_a_network_of_its_own(protocol: EvaluationProtocol) -> None:
     x, y, u, v = (gaussian(40, seed) for seed in range(4))
     both = Seen(
-        {"random": x, "mobilenet-v2": u}, {}, {"random": y, "mobilenet-v2": v}, {"random": y}
+        {"random": x, "mobilenet-v2": u},
+        {},
+        {"random": y, "mobilenet-v2": v},
+        {"random": y},
+        {"random": "0" * 64, "mobilenet-v2": "1" * 64},
     )
     numbers = score(changed(protocol, manifold_network="mobilenet-v2"), both)
     assert numbers["precision_mobilenet_v2"].value == precision_recall(u, v)[0]
     assert numbers["coverage_mobilenet_v2"].value == density_coverage(u, v)[1]
     assert numbers["kid_random"].value == pytest.approx(kid(x, y).value)
+
+
+def test_the_manifold_may_see_fewer_of_the_reference(protocol: EvaluationProtocol) -> None:
+    """Every third picture alone spans it; the others still count for KID."""
+    x, y = gaussian(60, 0, 0.3), gaussian(60, 1)
+    numbers = score(changed(protocol, manifold_reference_samples=20), seen(x, y))
+    precision, recall = precision_recall(x, y[::3], k=3)
+    density, coverage = density_coverage(x, y[::3], k=5)
+    found = [numbers[f"{m}_random"] for m in ("precision", "recall", "density", "coverage")]
+    assert [n.value for n in found] == [precision, recall, density, coverage]
+    assert found[1].standard_error == pytest.approx((recall * (1 - recall) / 20) ** 0.5)
+    assert numbers["kid_random"].value == kid(x, y).value
+
+
+@pytest.mark.parametrize(("digest", "name"), [("6726825d", "fid"), ("0", "fid_custom_inception")])
+def test_fid_is_the_canonical_networks_alone(
+    protocol: EvaluationProtocol, digest: str, name: str
+) -> None:
+    x = {"inception-v3-fid": gaussian(20, 0)}
+    inception = changed(protocol, network="inception-v3-fid", metrics=["fid"])
+    assert list(score(inception, Seen(x, {}, x, x, {"inception-v3-fid": digest}))) == [name]
+
+
+def test_retrieval_is_of_the_picture_that_the_caption_is_of(protocol: EvaluationProtocol) -> None:
+    real = gaussian(40, 0)
+    targets = torch.tensor([7, 3, 39, 0, 12, 12, 25, 31])
+    drawn = 2.0 * real[targets] + 0.01 * gaussian(8, 1)
+    drawn[:2] = drawn[[1, 0]]  # two are taken for one another
+    asked = changed(protocol, metrics=["retrieval"], samples=8)
+    numbers = score(asked, replace(seen(drawn, real), targets=targets))
+    assert numbers["retrieval_random"].value == 0.75
+    assert numbers["retrieval_random"].standard_error == pytest.approx((0.75 * 0.25 / 8) ** 0.5)

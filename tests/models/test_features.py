@@ -157,6 +157,9 @@ def test_metrics_are_named_after_their_network() -> None:
     assert metric_name("fid", "inception-v3-fid") == "fid"
     assert metric_name("fid", "mobilenet-v2") == "fid_mobilenet_v2"
     assert metric_name("precision", "vgg16") == "precision_vgg16"
+    assert metric_name("fid", "inception-v3-fid", "6726825d" + "0" * 56) == "fid"
+    assert metric_name("fid", "inception-v3-fid", "0" * 64) == "fid_custom_inception"
+    assert metric_name("recall", "vgg16", "0" * 64) == "recall_custom_vgg16"
     suffixes = [info.suffix for info in FEATURE_NETWORKS.values()]
     assert len(set(suffixes)) == len(suffixes)
     assert load_features("random").suffix == "random"

@@ -1,14 +1,15 @@
 """``mezzotint evaluate``."""
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from mezzotint.evaluation.card import EvaluationCard
+    from mezzotint.evaluation.card import EvaluationCard, PictureRecord
 
 __all__ = ["evaluate"]
 
@@ -17,19 +18,21 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|FOLDER", help="A model, a finished run, or a folder of pictures."
+            metavar="MODEL|FOLDER",
+            help="A model, a finished run of either stage, or a folder of pictures.",
         ),
     ],
     against: Annotated[
         str, typer.Option(help="A folder of real pictures or of a data set's splits, or emoji.")
     ],
     protocol: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME|FILE.yaml",
-            help="small, ldm-2022, adm, clean-fid, torch-fidelity, or one's own.",
+            help="small, ldm-2022, adm, clean-fid, torch-fidelity, or one's own. Default: small;"
+            " reconstruction for a first stage.",
         ),
-    ] = "small",
+    ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Pictures to measure, if not as many.")
     ] = None,
@@ -79,14 +82,25 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model or a folder of pictures; run it again to go on where it was stopped."""
-    from mezzotint.evaluation.card import EvaluationCard, compare
+    from mezzotint.evaluation.card import EvaluationCard
+    from mezzotint.evaluation.evaluate import default_protocol
     from mezzotint.evaluation.evaluate import evaluate as measure
-    from mezzotint.evaluation.shards import ranks
 
     before = EvaluationCard.read(other) if other is not None else None
-    path = _card_path(output, model, protocol)
-    with _bars() as on_progress:
-        card = measure(
+    path = _card_path(output, model, protocol or default_protocol(model))
+    if grid is not None:
+        _check_writable("--grid", grid)
+    with contextlib.closing(_Bars()) as bars:
+
+        def tell(card: EvaluationCard) -> None:
+            bars.close()  # which would draw what is printed now onto themselves
+            _print(card)
+            card.write(path)
+            print(path)
+            if before is not None:
+                _print_differences(before, card, other)
+
+        measure(
             model,
             against,
             protocol,
@@ -101,7 +115,9 @@ def evaluate(
             processes=processes,
             work=work,
             grid=grid,
-            on_progress=on_progress,
+            compare_with=before,
+            on_card=tell,
+            on_progress=bars,
             seed=seed,
             steps=steps,
             sampler=sampler,
@@ -109,28 +125,33 @@ def evaluate(
             guidance_scale=guidance_scale,
             eta=eta,
         )
-    if ranks()[0] > 0:  # the first of torchrun's processes tells for all
-        return
-    card.write(path)
-    _print(card)
-    print(path)
-    if before is not None:
-        for name, difference in compare(before, card).items():
-            error = difference.standard_error
-            sure = "" if error is None else f" ± {error:.4g}"
-            print(f"{name} {difference.value:+.4g}{sure} against {other}")
 
 
 def _card_path(output: Path | None, model: str, protocol: str) -> Path:
     from mezzotint.cli.output import DEFAULT_FOLDER, free, slug
     from mezzotint.errors import DataError
 
-    if output is not None:
-        if output.suffix.lower() != ".json":
-            raise DataError(f"--output {output}: a card is written as JSON; name it *.json")
-        return output
-    name = f"{slug(Path(model).name)}-{slug(Path(protocol).stem)}.json"
-    return free(DEFAULT_FOLDER / name)
+    if output is None:
+        name = f"{slug(Path(model).name)}-{slug(Path(protocol).stem)}.json"
+        output = free(DEFAULT_FOLDER / name)
+    if output.suffix.lower() != ".json":
+        raise DataError(f"--output {output}: a card is written as JSON; name it *.json")
+    _check_writable("--output", output)
+    return output
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Refuse, before hours of drawing, a file that could not be written after them."""
+    from mezzotint.errors import DataError
+
+    if path.is_dir():
+        raise DataError(f"{option} {path}: is a folder; name a file")
+    place = path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "cannot be written into" if place.is_dir() else "is a file, not a folder"
+        raise DataError(f"{option} {path}: {place} {what}; choose another")
 
 
 def _weights(options: Sequence[str]) -> dict[str, str]:
@@ -145,22 +166,33 @@ def _weights(options: Sequence[str]) -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def _bars() -> Generator[Callable[[str, int, int], None]]:
+class _Bars:
     """One bar after the other, each for what is being done."""
-    from mezzotint.cli.progress import progress
 
-    with contextlib.ExitStack() as stack:
-        shown: dict[str, Callable[[int, int], None]] = {}
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._shown: dict[str, Callable[[int, int], None]] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in shown:
-                stack.close()
-                shown.clear()
-                shown[what] = stack.enter_context(progress(what))
-            shown[what](done, total)
+    def __call__(self, what: str, done: int, total: int) -> None:
+        from mezzotint.cli.progress import progress
 
-        yield report
+        if what not in self._shown:
+            self.close()
+            self._shown[what] = self._stack.enter_context(progress(what))
+        self._shown[what](done, total)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._shown.clear()
+
+
+def _print_differences(before: "EvaluationCard", card: "EvaluationCard", other: object) -> None:
+    from mezzotint.evaluation.card import compare
+
+    for name, difference in compare(before, card).items():
+        error = difference.standard_error
+        sure = "" if error is None else f" ± {error:.4g}"
+        print(f"{name} {difference.value:+.4g}{sure} against {other}")
 
 
 def _print(card: "EvaluationCard") -> None:
@@ -173,21 +205,30 @@ def _print(card: "EvaluationCard") -> None:
         error = number.standard_error
         table.add_row(name, f"{number.value:.5g}", "" if error is None else f"± {error:.2g}")
     judged, real = card.evaluated, card.reference
-    called, reference = (
-        f"{record.description}{f', {record.split}' if record.split else ''}"
-        for record in (judged, real)
-    )
-    print(f"protocol {card.protocol.name}: {judged.count:,} pictures of {called}")
-    print(f"against {real.count:,} of {reference}")
+    print(f"protocol {card.protocol.name}: {judged.count:,} pictures of {_called(judged)}")
+    print(f"against {real.count:,} of {_called(real)}")
     console.print(table)
+    for metric, why in card.left_out.items():
+        print(f"{metric}: left out: {why}")
+    if card.training is not None:
+        print(f"copies were looked for among {card.training.count:,} of {_called(card.training)}")
     for record in (judged, real):
         if record.converted:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record.converted.items()))
             print(f"{record.description}: converted to RGB: {kinds}")
+        if record.broken:
+            print(f"{record.description}: {record.broken} broken pictures were skipped")
     cost = card.cost
+    if cost.features_seconds is None:
+        print(f"a picture took {1000 * (cost.pictures_seconds or 0):.2f} ms")
+        return
     verb = "drawn" if card.drawn_with is not None else "read"
     print(
         f"a picture was {verb} in {1000 * (cost.pictures_seconds or 0):.2f} ms and seen by the"
-        f" networks in {1000 * (cost.features_seconds or 0):.2f} ms, of one process of"
+        f" networks in {1000 * cost.features_seconds:.2f} ms, of one process of"
         f" {cost.processes}"
     )
+
+
+def _called(record: "PictureRecord") -> str:
+    return f"{record.description}{f', {record.split}' if record.split else ''}"

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import torch
 from pydantic import Field
 
+import mezzotint
 from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.config import Config, Document
 from mezzotint.errors import DataError
@@ -23,6 +26,7 @@ __all__ = [
     "PictureRecord",
     "compare",
     "incomparable",
+    "versions",
 ]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -58,6 +62,7 @@ class PictureRecord(Config):
         split: The part of a data set that they are.
         converted: How many were not plain 8-bit RGB, by kind: ``grey``, ``transparent``
             (composited on white), ``other``.
+        broken: How many could not be read and were skipped.
     """
 
     description: str
@@ -68,6 +73,7 @@ class PictureRecord(Config):
     width: Count
     split: str | None = None
     converted: dict[str, int] = {}
+    broken: Count = 0
 
 
 class DrawnWith(Config):
@@ -110,7 +116,7 @@ class Cost(Config):
     """What one picture took one process.
 
     Attributes:
-        pictures_seconds: To draw it, or to read it from its file.
+        pictures_seconds: To draw it, or to read it from its file; for a first stage all of it.
         features_seconds: To see it through the feature networks.
         processes: How many shared the work.
         threads: Of the processor, that all of them had together.
@@ -128,6 +134,7 @@ class EvaluationCard(Document):
     Attributes:
         protocol: Whole, with what was overridden.
         numbers: By name; a name says the feature network unless it is the canonical one.
+        left_out: Why a metric of the protocol has no number, by metric.
         networks: Those that the pictures were seen through.
         evaluated: The pictures that are judged.
         reference: The real ones that they are compared with.
@@ -139,6 +146,7 @@ class EvaluationCard(Document):
 
     protocol: EvaluationProtocol
     numbers: dict[str, Number]
+    left_out: dict[str, str] = {}
     networks: tuple[NetworkRecord, ...]
     evaluated: PictureRecord
     reference: PictureRecord
@@ -173,6 +181,17 @@ class EvaluationCard(Document):
         if not isinstance(data, dict) or "protocol" not in data or "numbers" not in data:
             raise DataError(f"{path}: not an evaluation card: it has no protocol and numbers")
         return cls.from_dict(data, str(path))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes the numbers."""
+    found = {"mezzotint": mezzotint.__version__, "torch": torch.__version__}
+    for name in ("numpy", "torchmetrics", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 @dataclass(frozen=True)

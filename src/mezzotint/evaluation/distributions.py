@@ -359,10 +359,11 @@ def _smallest(a: Tensor, b: Tensor, k: int, exclude_self: bool) -> tuple[Tensor,
     for rows, columns, block in _squared_distances(a, b):
         if exclude_self and rows == columns:
             block.fill_diagonal_(torch.inf)
-        found = torch.arange(columns.start, columns.stop, device=a.device).expand_as(block)
-        best = torch.cat([squares[rows], block], 1).topk(k, dim=1, largest=False)
+        near = block.topk(min(k, block.shape[1]), dim=1, largest=False)
+        best = torch.cat([squares[rows], near.values], 1).topk(k, dim=1, largest=False)
         squares[rows] = best.values
-        indices[rows] = torch.cat([indices[rows], found], 1).gather(1, best.indices)
+        found = torch.cat([indices[rows], near.indices + columns.start], 1)
+        indices[rows] = found.gather(1, best.indices)
     return squares, indices
 
 
@@ -372,10 +373,12 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Ten
     origin = b[:_BLOCK].double().mean(0)
     for rows, columns in _blocks(len(a), len(b)):
         x, y = a[rows].double() - origin, b[columns].double() - origin
-        scale = x.square().sum(1, keepdim=True) + y.square().sum(1)
-        squares = torch.addmm(scale, x, y.T, alpha=-2.0)
+        of_x, of_y = x.square().sum(1, keepdim=True), y.square().sum(1, keepdim=True)
+        left = torch.cat([x.mul_(-2.0), of_x, torch.ones_like(of_x)], 1)
+        right = torch.cat([y, torch.ones_like(of_y), of_y], 1)
         # what float64 cannot tell from 0, which equal images shall have
-        yield rows, columns, squares.masked_fill_(squares < 1e-13 * scale, 0.0)
+        least = 1e-13 * float(of_x.max() + of_y.max())
+        yield rows, columns, torch.threshold_(left @ right.T, least, 0.0)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

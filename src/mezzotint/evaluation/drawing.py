@@ -22,7 +22,7 @@ from mezzotint.generation.generate import generate_each
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.generation.request import GenerationRequest
 
-__all__ = ["Drawing", "DrawnPictures", "conditions_of", "emoji_labels", "spread"]
+__all__ = ["Drawing", "DrawnPictures", "conditions_of", "emoji_labels", "spread", "targets_of"]
 
 
 class Drawing(Config):
@@ -214,3 +214,26 @@ def conditions_of(pipeline: Pipeline, data: ImageData, count: int, called: str) 
     for label in set(labels.values()):
         conditioner.index_of(names[label])
     return [names[labels[k]] for k in spread(count, len(data))]
+
+
+def targets_of(data: ImageData, count: int, names: Sequence[str]) -> list[int] | str:
+    """Return which real picture's caption each picture is drawn from.
+
+    Args:
+        data: Whose captions they are; see `conditions_of`.
+        count: How many pictures.
+        names: What the real pictures are called that drawn ones are compared with.
+
+    Returns:
+        Their positions in ``names``; or why there are none, in a sentence.
+    """
+    chosen = spread(count, len(data))
+    captions = [data.describe(k)[0] for k in range(len(data))]
+    if len(set(captions)) < len(captions):
+        return "several of the reference's pictures have the same caption"
+    places = {name: place for place, name in enumerate(names)}
+    found = {k: places.get(data.load(k).name) for k in set(chosen)}
+    targets = [place for k in chosen if (place := found[k]) is not None]
+    if len(targets) < count:
+        return "captions are drawn from whose pictures are not among those compared with"
+    return targets

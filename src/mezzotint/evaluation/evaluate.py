@@ -1,53 +1,57 @@
 """Measure a model or a folder of pictures by a protocol: numbers and the card beside them."""
 
-import hashlib
-import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.device import select_device, threads
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.evaluation.card import Cost, EvaluationCard, NetworkRecord
+from mezzotint.evaluation.card import Cost, EvaluationCard
 from mezzotint.evaluation.drawing import Drawing
+from mezzotint.evaluation.first_stage import evaluate_first_stage, find_first_stage
 from mezzotint.evaluation.grids import image_grid
-from mezzotint.evaluation.pictures import evenly
+from mezzotint.evaluation.pictures import PictureSource, evenly, write_sheet
 from mezzotint.evaluation.plan import (
+    NO_CAPTIONS,
     Plan,
+    check_comparable,
     check_counts,
     find_networks,
     holds_model,
     open_drawn,
     open_pictures,
-    versions,
 )
 from mezzotint.evaluation.protocol import EvaluationProtocol, get_protocol
 from mezzotint.evaluation.reference import Against, RealPictures, Reference, features_of
 from mezzotint.evaluation.scores import Seen, score
-from mezzotint.evaluation.shards import FeaturePass, FeatureSet, pictures_at, ranks, run_pass
+from mezzotint.evaluation.shards import (
+    FeaturePass,
+    FeatureSet,
+    NetworkSpec,
+    pictures_at,
+    ranks,
+    run_pass,
+    wait_for,
+)
+from mezzotint.evaluation.work import CARD, working_folder
 from mezzotint.generation.pipeline import Pipeline
-from mezzotint.models.weights import cache_directory
 
-__all__ = ["evaluate"]
+__all__ = ["default_protocol", "evaluate"]
 
 Progress = Callable[[str, int, int], None]
 _ON_GRID = 64
-_SETTINGS = "settings.json"
-_CARD = "card.json"
 
 
 def evaluate(
     model: Pipeline | str | Path,
     against: Against,
-    protocol: str | Path | EvaluationProtocol = "small",
+    protocol: str | Path | EvaluationProtocol | None = None,
     *,
     samples: int | None = None,
     split: str | None = None,
@@ -60,6 +64,8 @@ def evaluate(
     processes: int = 1,
     work: str | Path | None = None,
     grid: str | Path | None = None,
+    compare_with: EvaluationCard | None = None,
+    on_card: Callable[[EvaluationCard], None] | None = None,
     on_progress: Progress | None = None,
     **drawing: Any,
 ) -> EvaluationCard:
@@ -71,12 +77,14 @@ def evaluate(
 
     Args:
         model: A pipeline, the folder of a model or of a finished run, or a folder of pictures;
-            ``emoji:SPLIT`` for real pictures against real ones.
+            ``emoji:SPLIT`` for real pictures against real ones. Of a first stage alone, such as an
+            autoencoder's run, it is measured what it keeps of the real pictures.
         against: A folder of pictures or of the splits of a data set, ``emoji`` or ``emoji:SPLIT``,
-            or a data configuration.
-        protocol: A name of `PROTOCOLS`, the path of a YAML file, or a protocol.
+            or a data configuration, whose pictures are brought to the size of the measured ones.
+        protocol: A name of `PROTOCOLS`, the path of a YAML file, or a protocol; by default
+            `default_protocol`.
         samples: Pictures to measure, instead of the protocol's number.
-        split: Part of the real data, instead of the protocol's.
+        split: Part of the real data, instead of the protocol's or the data configuration's.
         resolution: Side in pixels that the pictures of a folder are cropped and resized to; the
             real ones with them.
         against_resolution: The same for the real pictures alone.
@@ -88,6 +96,10 @@ def evaluate(
         work: Where pictures and features are kept until the card is there; by default in the cache
             folder, and then they are removed afterwards.
         grid: A PNG to write some of the measured pictures into.
+        compare_with: A card that the new one is to be comparable with: what could not be compared
+            is refused before anything is drawn.
+        on_card: Called with the card before the work is removed, by torchrun's rank 0 alone; if it
+            raises, the work stays.
         on_progress: Called with what is done in words, pictures done, and pictures in all.
         **drawing: How a model draws: ``seed``, ``steps``, ``sampler``, ``spacing``,
             ``guidance_scale``, ``guidance_rescale``, ``eta``.
@@ -97,7 +109,8 @@ def evaluate(
 
     Raises:
         ConfigError: If the protocol, or a setting, is wrong.
-        DataError: If pictures are missing, too few, broken or of several sizes.
+        DataError: If pictures are missing, too few, of several sizes, or more than 1 % broken; if
+            the cards could not be compared, or nothing can be measured.
         RequestError: If the model cannot draw what is asked.
         CheckpointError: If a model or the weights of a network are missing or damaged.
 
@@ -109,19 +122,38 @@ def evaluate(
         ['kid_random']
     """
     drawing = {name: value for name, value in drawing.items() if value is not None}
-    _check_options(model, processes, resolution, grid, drawing)
-    chosen = _protocol(protocol, samples)
-    device = _device(device)
-    networks, checksums = find_networks(chosen, weights or {}, device)
+    sides = {"resolution": resolution, "against_resolution": against_resolution}
+    _check_options(model, processes, sides, grid, drawing)
+    chosen = _protocol(protocol or default_protocol(model), samples)
+    stage = _first_stage(model)
+    _check_kind(chosen, model, stage)
+    limit = chosen.reference_samples
     real = RealPictures(
         against,
         split=split,
         default_split=chosen.reference_split,
         resolution=against_resolution or resolution,
-        limit=chosen.reference_samples,
+        limit=limit if stage is None else min(chosen.samples, limit or chosen.samples),
     )
+    device = _device(device)
+    if stage is not None:
+        given = {"processes": processes > 1, "work": work, "weights": weights}
+        _refuse_for_first_stage(given | {"precision": precision not in ("auto", "float32")})
+        card = evaluate_first_stage(
+            stage,
+            str(model),
+            real,
+            chosen,
+            device=device,
+            grid=Path(grid) if grid is not None else None,
+            compare_with=compare_with,
+            on_progress=on_progress,
+        )
+        return _told(card, on_card)
+    networks, checksums = find_networks(chosen, weights or {}, device)
+    targets: list[int] | str = NO_CAPTIONS
     if _is_model(model):
-        evaluated, reference = open_drawn(
+        evaluated, reference, targets = open_drawn(
             model,
             real,
             Drawing.from_dict(drawing, "evaluate"),
@@ -133,39 +165,94 @@ def evaluate(
     else:
         folder = cast("str | Path", model)
         evaluated, reference = open_pictures(folder, real, resolution, chosen.samples)
-    check_counts(chosen, evaluated, reference)
+    plan = _plan(chosen, networks, checksums, evaluated, reference, real, targets, device)
+    if compare_with is not None:
+        check_comparable(compare_with, plan.card({}, Cost()))
+    with working_folder(work, plan.settings()) as place:
+        return _told(_run(plan, place, processes, grid, on_progress), on_card)
+
+
+def default_protocol(model: Pipeline | str | Path) -> str:
+    """Return the protocol for what is measured: ``reconstruction`` for a first stage alone."""
+    return "small" if _first_stage(model) is None else "reconstruction"
+
+
+def _first_stage(model: Pipeline | str | Path) -> Path | None:
+    return None if isinstance(model, Pipeline) else find_first_stage(model)
+
+
+def _check_kind(
+    protocol: EvaluationProtocol, model: Pipeline | str | Path, stage: Path | None
+) -> None:
+    if protocol.of_first_stages and stage is None:
+        raise ConfigError(
+            f"protocol {protocol.name}: measures a first stage alone, and {model} is none"
+        )
+    if stage is not None and not protocol.of_first_stages:
+        raise ConfigError(
+            f"protocol {protocol.name}: measures pictures, and {model} is a first stage, which"
+            " draws none; leave it out, or choose reconstruction"
+        )
+
+
+def _plan(
+    protocol: EvaluationProtocol,
+    networks: tuple[NetworkSpec, ...],
+    checksums: dict[str, str],
+    evaluated: PictureSource,
+    reference: Reference,
+    real: RealPictures,
+    targets: list[int] | str,
+    device: str,
+) -> Plan:
     training = None
-    if "nearest_training" in chosen.metrics:
+    if "nearest_training" in protocol.metrics:
         record = evaluated.record
         training = real.open_training(reference, (record.height, record.width))
-    plan = Plan(chosen, networks, checksums, evaluated, reference, training, device)
-    settings = plan.settings()
-    place = Path(work) if work is not None else _default_work(settings)
-    _claim(place, settings)
-    card = _run(plan, place, processes, grid, on_progress)
-    if work is None and ranks()[1] == 1:
-        shutil.rmtree(place, ignore_errors=True)
+    check_counts(protocol, evaluated, reference, training)
+    plan = Plan(protocol, networks, checksums, evaluated, reference, training, targets, device)
+    if not plan.metrics:
+        reasons = "; ".join(f"{name}: {why}" for name, why in plan.left_out.items())
+        raise DataError(f"protocol {protocol.name}: nothing can be measured here: {reasons}")
+    return plan
+
+
+def _told(card: EvaluationCard, on_card: Callable[[EvaluationCard], None] | None) -> EvaluationCard:
+    if on_card is not None and ranks()[0] == 0:
+        on_card(card)
     return card
 
 
+def _refuse_for_first_stage(given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if value:
+            raise ConfigError(
+                f"{name}: a first stage is measured in one go, by one process, in float32 and on"
+                " the shipped network; leave it out"
+            )
+
+
 def _is_model(model: Pipeline | str | Path) -> bool:
-    return isinstance(model, Pipeline) or holds_model(Path(model))
+    if isinstance(model, Pipeline):
+        return True
+    return holds_model(Path(model)) and _first_stage(model) is None
 
 
 def _check_options(
     model: Pipeline | str | Path,
     processes: int,
-    resolution: int | None,
+    sides: Mapping[str, int | None],
     grid: str | Path | None,
     drawing: Mapping[str, Any],
 ) -> None:
-    if processes < 1:
-        raise ConfigError(f"processes: must be at least 1, got {processes}")
+    for name, value in {"processes": processes, **sides}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}")
     if processes > 1 and isinstance(model, Pipeline):
         raise ConfigError("processes: several need the model's folder, not a pipeline in memory")
     if grid is not None and Path(grid).suffix.lower() != ".png":
         raise ConfigError(f"grid: {grid}: pictures are written as PNG; name it *.png")
-    if _is_model(model) and resolution is not None:
+    if _is_model(model) and sides["resolution"] is not None:
         raise ConfigError("resolution: a model draws at its own; this is for folders of pictures")
     if drawing and not _is_model(model):
         raise ConfigError(
@@ -187,51 +274,6 @@ def _device(name: str) -> str:
     if str(device) == "cuda" and ranks()[1] > 1:
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # each rank has one of its own
     return str(device)
-
-
-def _default_work(settings: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return cache_directory() / "evaluations" / digest[:16]
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin in a folder, or go on in one that was begun with the same settings."""
-    path = folder / _SETTINGS
-    # looked for before the settings: another rank writes these first, and under a hidden name
-    others = _others(folder)
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise DataError(f"{path}: damaged; delete the folder or choose another work") from None
-        differing = _differing(before, settings)
-        if differing:
-            raise ConfigError(
-                f"{folder}: begun with other values of {', '.join(differing)}; choose another"
-                " folder by work (--work DIR), or delete this one"
-            )
-    elif folder.is_file() or others:
-        raise ConfigError(f"{folder}: holds something else; choose another folder by work (--work)")
-    else:
-        write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
-
-
-def _others(folder: Path) -> list[str]:
-    """Return what is in a folder beside the settings and hidden files."""
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return [name for name in names if not name.startswith(".") and name != _SETTINGS]
-
-
-def _differing(before: Any, now: Any, key: str = "") -> list[str]:
-    """Return the dotted keys under which two plain values differ."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return [] if before == now else [key]
-    first, second = cast(dict[str, Any], before), cast(dict[str, Any], now)
-    return [
-        name
-        for part in sorted(first.keys() | second.keys())
-        for name in _differing(first.get(part), second.get(part), f"{key}.{part}".lstrip("."))
-    ]
 
 
 def _run(
@@ -259,29 +301,26 @@ def _run(
     measured = run_pass(job, processes=processes, on_progress=report)
     if measured is None:
         return _card_of_rank_0(folder)
-    seen = Seen(measured.features, measured.logits, of_reference, of_training)
-    card = EvaluationCard(
-        protocol=plan.protocol,
-        numbers=score(plan.protocol, seen),
-        networks=tuple(NetworkRecord(name=n, weights_sha256=s) for n, s in plan.checksums.items()),
-        evaluated=plan.evaluated.record,
-        reference=plan.reference.pictures.record,
-        training=plan.training.pictures.record if plan.training is not None else None,
-        drawn_with=plan.drawn.drawn_with if plan.drawn is not None else None,
-        versions=versions(),
-        cost=_cost(measured, len(plan.evaluated), processes),
+    seen = Seen(
+        measured.features,
+        measured.logits,
+        of_reference,
+        of_training,
+        plan.checksums,
+        None if isinstance(plan.targets, str) else torch.tensor(plan.targets),
     )
+    numbers = score(plan.protocol, seen, plan.metrics)
+    card = plan.card(numbers, _cost(measured, len(plan.evaluated), processes))
     if grid is not None:
         _write_grid(plan, job, Path(grid))
     if ranks()[1] > 1:
-        card.write(folder / _CARD)
+        card.write(folder / CARD)
     return card
 
 
 def _card_of_rank_0(folder: Path) -> EvaluationCard:
-    while not (folder / _CARD).is_file():
-        time.sleep(0.1)
-    return EvaluationCard.read(folder / _CARD)
+    wait_for(folder, (folder / CARD).is_file)
+    return EvaluationCard.read(folder / CARD)
 
 
 def _cost(measured: FeatureSet, count: int, processes: int) -> Cost:
@@ -299,8 +338,4 @@ def _write_grid(plan: Plan, job: FeaturePass, path: Path) -> None:
     conditions = plan.drawn.conditions if plan.drawn is not None else None
     labels = None if conditions is None else [conditions[k] for k in chosen]
     sheet = image_grid([Image.fromarray(p) for p in pixels], columns=8, labels=labels)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-    except OSError as error:
-        raise DataError(f"grid: {path}: cannot be written: {error.strerror or error}") from None
+    write_sheet(sheet, path)

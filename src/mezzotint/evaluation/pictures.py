@@ -20,6 +20,7 @@ from mezzotint.errors import DataError, nearest
 from mezzotint.evaluation.card import PictureRecord
 
 __all__ = [
+    "SPLITS",
     "EmojiPictures",
     "PictureFolder",
     "PictureSource",
@@ -27,17 +28,19 @@ __all__ = [
     "find_split",
     "near",
     "square",
+    "write_sheet",
 ]
 
 _SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
 )
-_SPLITS = {
+SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
 _NAMED = 3  # broken files that an error names
+_MAX_BROKEN = 0.01  # as in training
 
 
 class PictureSource(Protocol):
@@ -82,13 +85,13 @@ def find_split(root: Path, split: str | None, default: str) -> tuple[Path, str |
         DataError: If there is no such split.
     """
     folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    names = {name for aliases in _SPLITS.values() for name in aliases}
+    names = {name for aliases in SPLITS.values() for name in aliases}
     if split is None and not (folders and folders <= names):
         return root, None
     wanted = split or default
     if wanted == "all":
         return root, "all"
-    for name in (wanted, *_SPLITS.get(wanted, ())):
+    for name in (wanted, *SPLITS.get(wanted, ())):
         if name in folders:
             return root / name, name
     there = f"; {nearest(wanted, folders)}" if folders else ": it has no sub-folders"
@@ -118,9 +121,10 @@ class PictureFolder:
         limit: At most this many, evenly spread.
         description: What the user called them.
         split: The part of a data set that they are.
+        max_broken: Share of the files that may be broken; these are skipped and counted.
 
     Raises:
-        DataError: If there is no picture, or one is broken; if their sizes differ where they must
+        DataError: If there is no picture, or more are broken; if their sizes differ where they must
             not, or cannot be brought to ``like``, which is no square.
     """
 
@@ -133,12 +137,14 @@ class PictureFolder:
         limit: int | None = None,
         description: str | None = None,
         split: str | None = None,
+        max_broken: float = _MAX_BROKEN,
     ) -> None:
         paths = list_pictures(folder)
         if not paths:
             raise DataError(f"{folder}: no pictures in this folder (.png, .jpg, .webp and others)")
         chosen = evenly(limit, len(paths)) if limit is not None else range(len(paths))
-        self._files = _scan([paths[k] for k in chosen])
+        self._files, self._broken = _scan(folder, [paths[k] for k in chosen], max_broken)
+        self._folder = folder
         if resolution is None and like is not None and not _all_have(self._files, like):
             resolution = square(like, description or str(folder))
         self._resolution = resolution
@@ -149,6 +155,11 @@ class PictureFolder:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def names(self) -> list[str]:
+        """What each is called: its path in the folder."""
+        return [str(file.path.relative_to(self._folder)) for file in self._files]
 
     @property
     def record(self) -> PictureRecord:
@@ -168,6 +179,7 @@ class PictureFolder:
             width=self._size[1],
             split=self._split,
             converted=converted,
+            broken=self._broken,
         )
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -215,6 +227,11 @@ class EmojiPictures:
         return len(self._indices)
 
     @property
+    def names(self) -> list[str]:
+        """What each is called: the name of its concept."""
+        return [self._data.concepts[k].name for k in self._indices]
+
+    @property
     def record(self) -> PictureRecord:
         """What the card says of them."""
         content = f"{self._data.fingerprint} {self._indices}"
@@ -259,28 +276,38 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _scan(paths: Sequence[Path]) -> list[_File]:
-    """Hash every file and read what its header says; pixels are decoded later, batch by batch."""
+def _scan(folder: Path, paths: Sequence[Path], max_broken: float) -> tuple[list[_File], int]:
+    """Return the files that are whole, and how many are not.
+
+    Every one is decoded once, so that all processes number the same pictures; JPEG at an eighth of
+    its size. Pixels are kept of none.
+    """
     with warnings.catch_warnings(), ThreadPoolExecutor(threads()) as pool:
         warnings.simplefilter("ignore")
-        found = list(pool.map(_header, paths))
+        found = list(pool.map(_look, paths))
     files = [f for f in found if isinstance(f, _File)]
     broken = [f for f in found if isinstance(f, str)]
-    if broken:
+    if not files or len(broken) > max_broken * len(found):
         named = "; ".join(broken[:_NAMED])
         more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        raise DataError(f"{named}{more}: mend or remove {'it' if len(broken) == 1 else 'them'}")
-    return files
+        raise DataError(
+            f"{folder}: {len(broken)} of {len(found)} pictures are broken, and at most"
+            f" {max_broken:.1%} are skipped: {named}{more}: mend or remove"
+            f" {'it' if len(broken) == 1 else 'them'}"
+        )
+    return files, len(broken)
 
 
-def _header(path: Path) -> "_File | str":
+def _look(path: Path) -> "_File | str":
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as picture:
             width, height = picture.size
             if picture.getexif().get(0x0112, 1) >= 5:  # orientation: lies on its side
                 width, height = height, width
-            return _File(path, width, height, _kind(picture), hashlib.sha256(content).digest())
+            kind = _kind(picture)
+        read_image(content, 1, square=True)
+        return _File(path, width, height, kind, hashlib.sha256(content).digest())
     except Exception as error:  # a damaged file makes decoders raise anything
         return f"{path}: broken: {_one_line(error)}"
 
@@ -307,6 +334,19 @@ def square(size: tuple[int, int], called: str) -> int:
             " to a square by resolution (--resolution N)"
         )
     return height
+
+
+def write_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a picture of pictures; its folder is made if need be.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except OSError as error:
+        raise DataError(f"grid: {path}: cannot be written: {error.strerror or error}") from None
 
 
 def _all_have(files: Sequence[_File], size: tuple[int, int]) -> bool:

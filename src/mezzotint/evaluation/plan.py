@@ -2,25 +2,47 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mezzotint
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.errors import ConfigError, DataError, nearest
-from mezzotint.evaluation.drawing import Drawing, DrawnPictures, conditions_of, emoji_labels
+from mezzotint.evaluation.card import (
+    Cost,
+    EvaluationCard,
+    NetworkRecord,
+    Number,
+    incomparable,
+    versions,
+)
+from mezzotint.evaluation.drawing import (
+    Drawing,
+    DrawnPictures,
+    conditions_of,
+    emoji_labels,
+    targets_of,
+)
 from mezzotint.evaluation.pictures import PictureFolder, PictureSource, near
-from mezzotint.evaluation.protocol import EvaluationProtocol
+from mezzotint.evaluation.protocol import EvaluationProtocol, Metric
 from mezzotint.evaluation.reference import RealPictures, Reference, is_emoji
 from mezzotint.evaluation.shards import FeaturePass, NetworkSpec
 from mezzotint.generation.pipeline import Pipeline, load
+from mezzotint.models.features import FEATURE_NETWORKS
 
-__all__ = ["Plan", "check_counts", "find_networks", "holds_model", "open_drawn", "open_pictures"]
+__all__ = [
+    "NO_CAPTIONS",
+    "Plan",
+    "check_comparable",
+    "check_counts",
+    "find_networks",
+    "holds_model",
+    "open_drawn",
+    "open_pictures",
+]
 
 _EMOJI_SIDE = 64
+_COPIES: Metric = "nearest_training"
+NO_CAPTIONS = "only pictures that a model drew from captions can be looked up by these"
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,8 @@ class Plan:
         evaluated: The pictures that are judged.
         reference: Those that they are compared with.
         training: Those among which copies are looked for; None if they are not.
+        targets: Which real picture's caption each judged one was drawn from; or why that is not
+            known, in a sentence.
         device: Where the networks stand.
     """
 
@@ -43,7 +67,43 @@ class Plan:
     evaluated: PictureSource
     reference: Reference
     training: Reference | None
+    targets: list[int] | str
     device: str
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why metrics of the protocol cannot be computed here, by metric."""
+        reasons: dict[str, str] = {}
+        if _COPIES in self.protocol.metrics and self.training is None:
+            reasons[_COPIES] = (
+                f"{self.reference.called} is held out, and no training pictures stand beside it"
+            )
+        if "retrieval" in self.protocol.metrics and isinstance(self.targets, str):
+            reasons["retrieval"] = self.targets
+        return reasons
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is computed."""
+        return tuple(m for m in self.protocol.metrics if m not in self.left_out)
+
+    def card(self, numbers: Mapping[str, Number], cost: Cost) -> EvaluationCard:
+        """Return the card of numbers that were measured so."""
+        return EvaluationCard(
+            protocol=self.protocol,
+            numbers=dict(numbers),
+            left_out=self.left_out,
+            networks=tuple(
+                NetworkRecord(name=name, weights_sha256=sha256)
+                for name, sha256 in self.checksums.items()
+            ),
+            evaluated=self.evaluated.record,
+            reference=self.reference.pictures.record,
+            training=self.training.pictures.record if self.training is not None else None,
+            drawn_with=self.drawn.drawn_with if self.drawn is not None else None,
+            versions=versions(),
+            cost=cost,
+        )
 
     @property
     def drawn(self) -> DrawnPictures | None:
@@ -77,17 +137,6 @@ class Plan:
         )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computes the numbers."""
-    found = {"mezzotint": mezzotint.__version__, "torch": torch.__version__}
-    for name in ("numpy", "torchmetrics", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def find_networks(
     protocol: EvaluationProtocol, weights: Mapping[str, str], device: str
 ) -> tuple[tuple[NetworkSpec, ...], dict[str, str]]:
@@ -111,20 +160,19 @@ def find_networks(
                 f"weights: the protocol {protocol.name} does not use {name!r};"
                 f" {nearest(name, protocol.networks)}"
             )
+    seen_by = FEATURE_NETWORKS[protocol.network]
+    if "inception_score" in protocol.metrics and not seen_by.has_logits:
+        raise ConfigError(
+            f"protocol {protocol.name}: inception_score needs class logits, which the network"
+            f" {protocol.network!r} has not"
+        )
     specs: list[NetworkSpec] = []
     checksums: dict[str, str] = {}
     for name in protocol.networks:
         location, _, sha256 = weights.get(name, "").partition("#")
         spec = NetworkSpec(name, location or None, sha256 or None)
-        network = spec.load(device)
-        wants_logits = "inception_score" in protocol.metrics and name == protocol.network
-        if wants_logits and not network.has_logits:
-            raise ConfigError(
-                f"protocol {protocol.name}: inception_score needs class logits, which the network"
-                f" {name!r} has not"
-            )
         specs.append(spec)
-        checksums[name] = network.weights_sha256
+        checksums[name] = spec.load(device).weights_sha256
     return tuple(specs), checksums
 
 
@@ -142,8 +190,11 @@ def open_drawn(
     caption_column: str | None,
     device: str,
     precision: str,
-) -> tuple[DrawnPictures, Reference]:
+) -> tuple[DrawnPictures, Reference, list[int] | str]:
     """Open a model's pictures and the real ones, whose captions or classes it draws from.
+
+    Returns:
+        Both, and the targets of `Plan`.
 
     Raises:
         CheckpointError: If the model is missing or damaged.
@@ -160,17 +211,19 @@ def open_drawn(
     count = protocol.samples
     if protocol.fewer:
         count = min(count, len(reference.pictures))
-    conditions, origin = None, None
+    conditions, origin, targets = None, None, NO_CAPTIONS
     wants = pipeline.model.conditioner.wants
     if wants is not None:
         data = reference.conditions(wants, caption_column, emoji_labels(pipeline))
         conditions = conditions_of(pipeline, data, count, reference.called)
         what = "captions" if wants == "caption" else "classes"
         origin = f"{what} of {reference.called}, in its proportions"
+        if wants == "caption" and "retrieval" in protocol.metrics:
+            targets = targets_of(data, count, reference.pictures.names)
     drawn = DrawnPictures(
         pipeline, drawing, conditions, origin, count, device=device, precision=precision
     )
-    return drawn, reference
+    return drawn, reference, targets
 
 
 def open_pictures(
@@ -197,15 +250,20 @@ def open_pictures(
 
 
 def check_counts(
-    protocol: EvaluationProtocol, evaluated: PictureSource, reference: Reference
+    protocol: EvaluationProtocol,
+    evaluated: PictureSource,
+    reference: Reference,
+    training: Reference | None,
 ) -> None:
     """Refuse fewer pictures than the protocol or one of its metrics needs.
+
+    Broken pictures that were skipped count as there: they are few, and the card says how many.
 
     Raises:
         DataError: Saying how many there are, and how many are needed.
     """
     record = evaluated.record
-    if record.count < protocol.samples and not protocol.fewer:
+    if record.count + record.broken < protocol.samples and not protocol.fewer:
         raise DataError(
             f"{record.description}: {_pictures(record.count)}, but {protocol.samples:,} are to be"
             f" measured; ask for fewer by samples (--samples {record.count})"
@@ -218,6 +276,25 @@ def check_counts(
         wanting = [f"{metric} needs {least:,}" for metric, least in needs.items() if least > count]
         if wanting:
             raise DataError(f"{name}: {_pictures(count)}, but {', '.join(wanting)}")
+    if training is not None and len(training.pictures) < (least := protocol.needs_of(_COPIES)):
+        raise DataError(
+            f"{training.called}: {_pictures(len(training.pictures))}, but {_COPIES} needs {least}"
+        )
+
+
+def check_comparable(before: EvaluationCard, now: EvaluationCard) -> None:
+    """Refuse what could not be compared with an earlier card, before anything is computed.
+
+    Args:
+        before: The earlier card.
+        now: The card to come, still without numbers.
+
+    Raises:
+        DataError: With every reason.
+    """
+    told = now.model_copy(update={"numbers": before.numbers})  # their names follow from the rest
+    if reasons := incomparable(before, told):
+        raise DataError(f"the new card could not be compared: {'; '.join(reasons)}")
 
 
 def _pictures(count: int) -> str:

@@ -21,8 +21,16 @@ Metric = Literal[
     "density",
     "coverage",
     "nearest_training",
+    "retrieval",
+    "rate",
+    "psnr",
+    "ssim",
+    "lpips",
+    "rkid",
+    "rfid",
 ]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+_RECONSTRUCTION: frozenset[Metric] = frozenset({"rate", "psnr", "ssim", "lpips", "rkid", "rfid"})
 _MANIFOLD: frozenset[Metric] = frozenset({"precision", "recall", "density", "coverage"})
 
 Count = Annotated[int, Field(ge=1)]
@@ -34,7 +42,8 @@ class EvaluationProtocol(Document):
     Attributes:
         name: What tables and cards call it.
         description: Where it comes from, in words.
-        metrics: What is computed, in the order in which it is told.
+        metrics: What is computed, in the order in which it is told. Those of what a first stage
+            keeps of a picture (rate, psnr, ssim, lpips, rkid, rfid) have protocols of their own.
         network: Of `mezzotint.models.features.FEATURE_NETWORKS`; a metric on another one than the
             canonical Inception is named after it.
         resize: How pictures are brought to the network's size.
@@ -44,6 +53,9 @@ class EvaluationProtocol(Document):
             reference has. Otherwise fewer are refused.
         reference_split: The part of the reference data that is compared with, where it has parts.
         reference_samples: At most this many of its pictures, evenly spread; None is all of them.
+            Copies are looked for among all training pictures, however many they are.
+        manifold_reference_samples: At most this many of these again, evenly spread, for precision,
+            recall, density and coverage; None is all of them.
         manifold_network: For precision, recall, density and coverage; None is ``network``.
         manifold_k: Nearest neighbour that sets the radii of precision and recall
             (arXiv 1904.06991, equation 1).
@@ -56,8 +68,9 @@ class EvaluationProtocol(Document):
         kid_seed: Chooses them.
         inception_splits: Parts that the Inception Score is averaged over.
         inception_shuffle_seed: Shuffles the pictures before; None leaves their order.
-        resamples: Groups left out in turn for the standard errors of FID, and the resamples of the
-            others that have none in closed form; 0 tells none.
+        resamples: Groups left out in turn for the standard error of FID. With 0 only KID and the
+            Inception Score tell one; else the medians of nearest_training do too, from 200
+            bootstraps, and the shares of pictures, in closed form.
         ema: Whether a model's averaged weights draw, which a model folder holds.
         batch_size: Pictures in a batch; batches are fixed by index, whoever computes them.
     """
@@ -72,6 +85,7 @@ class EvaluationProtocol(Document):
     fewer: bool = False
     reference_split: Literal["train", "validation", "test", "all"] = "train"
     reference_samples: Count | None = None
+    manifold_reference_samples: Count | None = None
     manifold_network: str | None = None
     manifold_k: Count = 3
     density_k: Count = 5
@@ -103,9 +117,32 @@ class EvaluationProtocol(Document):
         return metrics
 
     @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        of_first_stages = _RECONSTRUCTION & set(self.metrics)
+        if of_first_stages and len(of_first_stages) < len(self.metrics):
+            raise ValueError(
+                f"metrics: {min(of_first_stages)} is of a first stage, and others are of a set of"
+                " pictures; keep one kind"
+            )
+        if of_first_stages and (self.network, self.resize) != ("mobilenet-v2", "bicubic-antialias"):
+            raise ValueError(
+                "network: reconstructions are measured on mobilenet-v2 with resize:"
+                " bicubic-antialias"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough(self) -> Self:
         if self.resamples == 1:
             raise ValueError("resamples: a standard error needs at least 2, or 0 for none")
+        most = self.manifold_reference_samples
+        for metric in self.metrics:
+            least = self.needs_of(metric, real=True)
+            if metric in _MANIFOLD and most is not None and most < least:
+                raise ValueError(
+                    f"manifold_reference_samples: {most} are too few: {metric} takes at least"
+                    f" {least}"
+                )
         if self.samples < self.needs():
             raise ValueError(
                 f"samples: {self.samples} are too few: {self.needed_by()} takes at least"
@@ -117,6 +154,11 @@ class EvaluationProtocol(Document):
     def networks(self) -> tuple[str, ...]:
         """The feature networks that its metrics look through, each once."""
         return tuple(dict.fromkeys(self.network_of(metric) for metric in self.metrics))
+
+    @property
+    def of_first_stages(self) -> bool:
+        """Whether it measures what a first stage keeps of pictures."""
+        return not _RECONSTRUCTION.isdisjoint(self.metrics)
 
     def network_of(self, metric: Metric) -> str:
         """Return the feature network of one metric."""
@@ -140,6 +182,10 @@ class EvaluationProtocol(Document):
                 return 2 if real else max(2, 2 * self.resamples)
             case "nearest_training":
                 return 2
+            case "retrieval":
+                return 1
+            case "rate" | "psnr" | "ssim" | "lpips" | "rkid" | "rfid":
+                return 3
 
     def needs(self) -> int:
         """Return how many pictures all of its metrics need at least."""
@@ -166,6 +212,7 @@ _BUILT_IN = (
             "density",
             "coverage",
             "nearest_training",
+            "retrieval",
         ),
         network="mobilenet-v2",
         resize="bicubic-antialias",
@@ -180,24 +227,28 @@ _BUILT_IN = (
         description=(
             "the tables of Rombach et al. 2022 (arXiv 2112.10752, appendix E.3): 50,000 samples"
             " against the entire training set; FID and Inception Score as torch-fidelity has them,"
-            " precision and recall on pool3 features, k = 3, as ADM's script has them"
+            " precision and recall on pool3 features, k = 3, against 10,000 of its pictures, as"
+            " ADM's script has them"
         ),
         metrics=("fid", "inception_score", "precision", "recall"),
         network=_CANONICAL,
         resize="tf1-bilinear",
         samples=50_000,
+        manifold_reference_samples=10_000,
     ),
     EvaluationProtocol(
         name="adm",
         description=(
             "Dhariwal and Nichol 2021 (arXiv 2105.05233, section 2.2): 50,000 samples against the"
             " entire training set; TensorFlow's Inception graph, which resizes inside; Inception"
-            " Score in splits of 5,000 in their order; precision and recall on pool3, k = 3"
+            " Score in splits of 5,000 in their order; precision and recall on pool3, k = 3,"
+            " against 10,000 of the training pictures"
         ),
         metrics=("fid", "inception_score", "precision", "recall"),
         network=_CANONICAL,
         resize="tf1-bilinear",
         samples=50_000,
+        manifold_reference_samples=10_000,
         inception_shuffle_seed=None,
     ),
     EvaluationProtocol(
@@ -217,8 +268,8 @@ _BUILT_IN = (
             "the package torch-fidelity (Obukhov et al. 2020): TensorFlow 1's bilinear filter to"
             " 299, (x - 128) / 128; Inception Score on unbiased logits in 10 splits; KID in 100"
             " subsets of 1,000, cubic kernel with gamma = 1/d; precision and recall on VGG16's fc2"
-            " after ReLU, k = 3. For these two that package takes its first input as the real one,"
-            " for the Inception Score its first as the generated one"
+            " after ReLU, k = 3. Since its version 0.4.0 that package takes its first input as the"
+            " generated one for all metrics; before, precision and recall had the two exchanged"
         ),
         metrics=("fid", "kid", "inception_score", "precision", "recall"),
         network=_CANONICAL,
@@ -226,6 +277,20 @@ _BUILT_IN = (
         samples=50_000,
         manifold_network="vgg16",
         kid_seed=2020,
+    ),
+    EvaluationProtocol(
+        name="reconstruction",
+        description=(
+            "what a first stage keeps of pictures, and at which rate (arXiv 2112.10752, table 8):"
+            " 8-bit pictures against themselves, a KL posterior by its mean; MobileNetV2; KID of"
+            " pairs"
+        ),
+        metrics=("rate", "psnr", "ssim", "lpips", "rkid", "rfid"),
+        network="mobilenet-v2",
+        resize="bicubic-antialias",
+        samples=5000,
+        fewer=True,
+        reference_split="validation",
     ),
 )
 

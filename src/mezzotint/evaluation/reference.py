@@ -15,11 +15,12 @@ from torch import Tensor
 from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.data import EmojiDataConfig, FolderData, FolderDataConfig, ImageData
 from mezzotint.data.emoji import EmojiData
-from mezzotint.errors import CheckpointError, DataError, nearest
+from mezzotint.errors import CheckpointError, ConfigError, DataError, nearest
+from mezzotint.evaluation.card import versions
 from mezzotint.evaluation.pictures import (
+    SPLITS,
     EmojiPictures,
     PictureFolder,
-    PictureSource,
     find_split,
     near,
     square,
@@ -32,6 +33,8 @@ __all__ = ["EMOJI", "Against", "RealPictures", "Reference", "features_of", "is_e
 Against = str | Path | EmojiDataConfig | FolderDataConfig
 EMOJI = "emoji"
 _EMOJI_SPLITS = ("train", "validation", "all")
+_CACHE_FORMAT = 1  # raised when what features are computed from changes
+_HELD_OUT = {name for split in ("validation", "test") for name in SPLITS[split]}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Reference:
         called: What messages call it.
     """
 
-    pictures: PictureSource
+    pictures: EmojiPictures | PictureFolder
     config: EmojiDataConfig | FolderDataConfig
     called: str
 
@@ -81,10 +84,10 @@ class RealPictures:
     Attributes:
         against: A folder of pictures, or of the splits of a data set; ``emoji`` or
             ``emoji:SPLIT``; or a data configuration.
-        split: The part that the user asked for.
+        split: The part that the user asked for; it comes before that of a data configuration.
         default_split: The protocol's.
         resolution: Side that they are brought to; by default they get the size of those that are
-            measured.
+            measured, whatever a data configuration says.
         limit: At most this many, evenly spread.
     """
 
@@ -94,66 +97,90 @@ class RealPictures:
     resolution: int | None = None
     limit: int | None = None
 
-    def open(self, size: tuple[int, int]) -> Reference:
-        """Open them, for measured pictures of a height and width.
+    def open(self, size: tuple[int, int] | None) -> Reference:
+        """Open them, for measured pictures of a height and width; None leaves them as they are.
 
         Raises:
+            ConfigError: If two different splits are asked for.
             DataError: If there is nothing of the kind, or they cannot be brought to the size.
         """
         against = self.against
         if isinstance(against, EmojiDataConfig):
-            return Reference(EmojiPictures(against, self.limit), against, EMOJI)
+            return self._emoji_of(against, size)
         if isinstance(against, FolderDataConfig):
-            return self._folder(against, against.resolution, size)
+            return self._folder(against, size)
         if is_emoji(against):
             return self._emoji(str(against), size)
-        return self._folder(FolderDataConfig(path=str(against)), None, size)
+        return self._folder(FolderDataConfig(path=str(against)), size)
 
-    def open_training(self, reference: Reference, size: tuple[int, int]) -> Reference:
-        """Open the training pictures of the same data; the reference itself if there are none."""
-        against, split = self.against, reference.pictures.record.split
-        if split in (None, "train", "training", "all"):
-            return reference
-        if isinstance(against, EmojiDataConfig | FolderDataConfig):
-            against = against.model_copy(update={"split": "train"})
-        elif is_emoji(against):
-            against = EMOJI
-        if isinstance(reference.config, FolderDataConfig):
-            root = against.path if isinstance(against, FolderDataConfig) else str(against)
-            try:
-                find_split(Path(root).expanduser(), "train", "train")
-            except DataError:
-                return reference
-        return replace(self, against=against, split="train").open(size)
+    def open_training(self, reference: Reference, size: tuple[int, int]) -> Reference | None:
+        """Open all training pictures of the same data; None if it is not known which they are.
 
-    def _emoji(self, text: str, size: tuple[int, int]) -> Reference:
+        They are those of the training split; where there are no splits, all pictures.
+        """
+        whole = replace(self, limit=None)
+        config, record = reference.config, reference.pictures.record
+        if isinstance(config, EmojiDataConfig):
+            concepts = EmojiData(config).concepts
+            trained_on = record.split == "all" or all(c.split == "train" for c in concepts)
+            config = config.model_copy(update={"split": "train", "subset": None, "names": None})
+        else:
+            place = Path(config.path)  # with the name of the split, if it is one
+            name = place.name or place.absolute().name
+            flat = record.split is None and name not in _HELD_OUT
+            trained_on = flat or record.split == "all" or name in SPLITS["train"]
+            config = config.model_copy(update={"path": str(place.parent)})
+        if trained_on:
+            cut = self.limit is not None and self.limit < record.available
+            return whole.open(size) if cut else reference
+        if isinstance(config, EmojiDataConfig):
+            return replace(whole, against=config, split=None).open(size)
+        try:
+            find_split(Path(config.path), "train", "train")
+        except DataError:
+            return None
+        return replace(whole, against=config, split="train").open(size)
+
+    def _emoji(self, text: str, size: tuple[int, int] | None) -> Reference:
+        named = text.partition(":")[2]
+        if named and self.split not in (None, named):
+            raise ConfigError(f"{text}: and split {self.split!r} contradict each other; keep one")
         default = self.default_split if self.default_split in _EMOJI_SPLITS else "all"
-        split = text.partition(":")[2] or self.split or default
+        split = named or self.split or default
         if split not in _EMOJI_SPLITS:
             raise DataError(
                 f"{text}: the emoji have no split {split!r}; {nearest(split, _EMOJI_SPLITS)}"
             )
-        config = EmojiDataConfig.from_dict(
-            {"resolution": self.resolution or square(size, text), "split": split}
-        )
-        return Reference(EmojiPictures(config, self.limit), config, f"{EMOJI}:{split}")
+        return self._emoji_of(EmojiDataConfig.from_dict({"split": split}), size)
 
-    def _folder(
-        self, config: FolderDataConfig, resolution: int | None, size: tuple[int, int]
-    ) -> Reference:
+    def _emoji_of(self, config: EmojiDataConfig, size: tuple[int, int] | None) -> Reference:
+        named = config.names is not None or config.subset is not None
+        if named and self.split is not None:
+            raise ConfigError(
+                f"split: {self.split!r}: the data configuration names its emoji, whatever their"
+                " split; keep one"
+            )
+        side = self.resolution or (square(size, EMOJI) if size else config.resolution)
+        update = {"resolution": side, "split": self.split or config.split}
+        config = EmojiDataConfig.from_dict(config.to_dict() | update, EMOJI)
+        called = EMOJI if named else f"{EMOJI}:{config.split}"
+        return Reference(EmojiPictures(config, self.limit), config, called)
+
+    def _folder(self, config: FolderDataConfig, size: tuple[int, int] | None) -> Reference:
         path, called = Path(config.path).expanduser(), config.path
         if path.is_file():
             raise DataError(f"{called}: is a file; compare with a folder or with {EMOJI!r}")
         if not path.is_dir():
             raise DataError(f"{called}: neither a folder nor {EMOJI!r}{near(path)}")
-        folder, name = find_split(path, config.split or self.split, self.default_split)
+        folder, name = find_split(path, self.split or config.split, self.default_split)
         pictures = PictureFolder(
             folder,
-            resolution=self.resolution or resolution,
+            resolution=self.resolution,
             like=size,
             limit=self.limit,
             description=called,
             split=name,
+            max_broken=config.max_broken,
         )
         side = min(pictures.record.height, pictures.record.width)
         found = config.model_copy(update={"path": str(folder), "split": None, "resolution": side})
@@ -174,8 +201,8 @@ def features_of(
 ) -> dict[str, Tensor]:
     """Return the features of real pictures, from the cache where they are there and whole.
 
-    A cache entry is found by the content of the pictures, the weights of the network and the
-    resize; what is damaged is made anew.
+    A cache entry is found by the content of the pictures, the weights of the network, the resize,
+    the kind of device and the versions of what computed it; what is damaged is made anew.
 
     Args:
         job: The pictures and the networks.
@@ -187,7 +214,10 @@ def features_of(
         ``(N, d)`` float32 by network; under torchrun in rank 0 alone.
     """
     fingerprint = job.source.record.fingerprint
-    paths = {n.name: cache_path(fingerprint, checksums[n.name], job.resize) for n in job.networks}
+    paths = {
+        n.name: cache_path(fingerprint, checksums[n.name], job.resize, job.device)
+        for n in job.networks
+    }
     found: dict[str, Tensor] = {}
     for name, path in paths.items():
         features = _read_entry(path, len(job.source))
@@ -207,9 +237,19 @@ def features_of(
     return found
 
 
-def cache_path(fingerprint: str, weights_sha256: str, resize: str) -> Path:
+def cache_path(fingerprint: str, weights_sha256: str, resize: str, device: str) -> Path:
     """Return where the features of certain pictures under a certain network are kept."""
-    key = hashlib.sha256(repr((fingerprint, weights_sha256, resize, "uint8")).encode())
+    told = versions()
+    parts = (
+        _CACHE_FORMAT,
+        fingerprint,
+        weights_sha256,
+        resize,
+        "uint8",
+        torch.device(device).type,
+        *(told[name] for name in ("mezzotint", "torch", "pillow")),
+    )
+    key = hashlib.sha256(repr(parts).encode())
     return cache_directory() / "references" / f"{key.hexdigest()[:32]}.safetensors"
 
 

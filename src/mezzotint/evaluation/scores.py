@@ -1,6 +1,6 @@
 """From features to the numbers of a protocol."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,9 @@ from mezzotint.evaluation.distributions import (
     nearest_neighbours,
     precision_recall,
 )
-from mezzotint.evaluation.protocol import EvaluationProtocol
+from mezzotint.evaluation.metrics import retrieval_accuracy
+from mezzotint.evaluation.pictures import evenly
+from mezzotint.evaluation.protocol import EvaluationProtocol, Metric
 from mezzotint.models.features import metric_name
 from mezzotint.rng import keyed_generator
 
@@ -35,20 +37,27 @@ class Seen:
         logits: Of the same, ``(N, K)``, for the networks that have them.
         real: Of the reference.
         training: Of the training pictures, which may be the same as the reference.
+        checksums: SHA-256 of the weights by network, on which the names of the numbers depend.
+        targets: ``(N,)``, by judged picture: which of the reference its caption is of.
     """
 
     generated: Mapping[str, Tensor]
     logits: Mapping[str, Tensor]
     real: Mapping[str, Tensor]
     training: Mapping[str, Tensor]
+    checksums: Mapping[str, str]
+    targets: Tensor | None = None
 
 
-def score(protocol: EvaluationProtocol, seen: Seen) -> dict[str, Number]:
-    """Compute all metrics of a protocol, in its order.
+def score(
+    protocol: EvaluationProtocol, seen: Seen, metrics: Sequence[Metric] | None = None
+) -> dict[str, Number]:
+    """Compute metrics of a protocol, in its order.
 
     Args:
         protocol: What is computed, and how.
         seen: The features.
+        metrics: Those of its metrics that can be computed here; by default all.
 
     Returns:
         By name; one metric may give several numbers.
@@ -62,7 +71,7 @@ def score(protocol: EvaluationProtocol, seen: Seen) -> dict[str, Number]:
     }
     both: dict[str, tuple[Number, Number]] = {}
     numbers: dict[str, Number] = {}
-    for metric in protocol.metrics:
+    for metric in protocol.metrics if metrics is None else metrics:
         network = protocol.network_of(metric)
         match metric:
             case "precision" | "recall" | "density" | "coverage":
@@ -81,10 +90,14 @@ def score(protocol: EvaluationProtocol, seen: Seen) -> dict[str, Number]:
                     shuffle_seed=protocol.inception_shuffle_seed,
                 )
                 value = Number(value=estimate.value, standard_error=estimate.standard_error)
+            case "retrieval":
+                value = _retrieval(protocol, seen)
             case "nearest_training":
                 numbers |= _nearest(protocol, seen)
                 continue
-        numbers[metric_name(metric, network)] = value
+            case "rate" | "psnr" | "ssim" | "lpips" | "rkid" | "rfid":
+                raise AssertionError("of first stages, which are measured elsewhere")
+        numbers[metric_name(metric, network, seen.checksums[network])] = value
     return numbers
 
 
@@ -123,7 +136,7 @@ def _fid(generated: Tensor, real: Tensor, groups: int) -> Number:
 
 def _precision_recall(protocol: EvaluationProtocol, seen: Seen) -> tuple[Number, Number]:
     network = protocol.network_of("precision")
-    sides = seen.generated[network], seen.real[network]
+    sides = seen.generated[network], _of_manifold(protocol, seen.real[network])
     if protocol.real_side == "evaluated":
         sides = sides[1], sides[0]
     precision, recall = precision_recall(*sides, k=protocol.manifold_k)
@@ -135,9 +148,22 @@ def _precision_recall(protocol: EvaluationProtocol, seen: Seen) -> tuple[Number,
 
 def _density_coverage(protocol: EvaluationProtocol, seen: Seen) -> tuple[Number, Number]:
     network = protocol.network_of("density")
-    generated, real = seen.generated[network], seen.real[network]
+    generated, real = seen.generated[network], _of_manifold(protocol, seen.real[network])
     density, coverage = density_coverage(generated, real, k=protocol.density_k)
     return Number(value=density), _share(coverage, len(real), protocol.resamples)
+
+
+def _of_manifold(protocol: EvaluationProtocol, real: Tensor) -> Tensor:
+    most = protocol.manifold_reference_samples
+    return real if most is None else real[evenly(most, len(real))]
+
+
+def _retrieval(protocol: EvaluationProtocol, seen: Seen) -> Number:
+    network = protocol.network
+    assert seen.targets is not None, "left out where captions name no picture"
+    found = retrieval_accuracy(seen.generated[network], seen.real[network], seen.targets)
+    error = found.standard_error if protocol.resamples else None
+    return Number(value=found.value, standard_error=error)
 
 
 def _share(share: float, count: int, resamples: int) -> Number:
@@ -166,4 +192,5 @@ def _nearest(protocol: EvaluationProtocol, seen: Seen) -> dict[str, Number]:
     if among > 0:  # it is 0 where half of the training pictures are there twice
         ratio_error = None if error is None else error / among
         result["nearest_training_ratio"] = Number(value=value / among, standard_error=ratio_error)
-    return {metric_name(name, network): number for name, number in result.items()}
+    sha256 = seen.checksums[network]
+    return {metric_name(name, network, sha256): number for name, number in result.items()}

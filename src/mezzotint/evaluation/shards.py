@@ -5,6 +5,7 @@ computes it, one process or several or the run after one that was killed, it hol
 numbers do not depend on who did.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -25,10 +26,21 @@ from mezzotint.errors import DataError, MezzotintError
 from mezzotint.evaluation.pictures import PictureSource
 from mezzotint.models.features import FeatureNetwork, Resize, load_features
 
-__all__ = ["FeaturePass", "FeatureSet", "NetworkSpec", "pictures_at", "ranks", "run_pass"]
+__all__ = [
+    "FeaturePass",
+    "FeatureSet",
+    "NetworkSpec",
+    "pictures_at",
+    "ranks",
+    "run_pass",
+    "tell_failure",
+    "wait_for",
+]
 
 Progress = Callable[[int, int], None]
 _POLL_SECONDS = 0.1
+_PATIENCE_SECONDS = 1800.0
+_BEGUN = time.time()  # of this process: what another one said before was of an earlier run
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,46 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def tell_failure(folder: Path, error: BaseException) -> None:
+    """Leave word for the other ranks, which work in the same folder, that this one failed."""
+    if ranks()[1] > 1 and folder.is_dir():
+        told = str(error) or type(error).__name__
+        write_atomically(folder / f".failed-{ranks()[0]}", told.encode())
+
+
+def wait_for(folder: Path, there: Callable[[], bool]) -> None:
+    """Wait for what other ranks do in a folder.
+
+    Args:
+        folder: Of the evaluation.
+        there: Whether it is done.
+
+    Raises:
+        DataError: If one of them failed, or nothing has been done there for half an hour.
+    """
+    begun = time.time()
+    while not there():
+        for path in folder.glob(".failed-*"):
+            if path.stat().st_mtime >= _BEGUN:
+                rank = path.name.rpartition("-")[2]
+                raise DataError(f"process {rank} failed: {path.read_text(encoding='utf-8')}")
+        if time.time() - max(begun, _last_change(folder)) > _PATIENCE_SECONDS:
+            raise DataError(
+                f"{folder}: the other processes have done nothing for"
+                f" {_PATIENCE_SECONDS / 60:.0f} minutes; run it again: it goes on where it stood"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _last_change(folder: Path) -> float:
+    """When something was last written into a folder or one of those in it."""
+    times: list[float] = []
+    for place in (folder, *folder.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile by another rank
+            times.append(place.stat().st_mtime)
+    return max(times, default=0.0)
+
+
 def run_pass(
     job: FeaturePass, *, processes: int = 1, on_progress: Progress | None = None
 ) -> FeatureSet | None:
@@ -127,7 +179,7 @@ def run_pass(
         All of it; under torchrun in rank 0 alone, which waits for the others, and None elsewhere.
 
     Raises:
-        DataError: If a picture cannot be read, or a process was ended.
+        DataError: If a picture cannot be read, or a process was ended or waited for in vain.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     total = len(job.source)
@@ -141,9 +193,14 @@ def run_pass(
     report(len(job) - len(missing))
     if world > 1:
         _compute(job, [n for n in missing if n % world == rank], report)
-        while rank == 0 and (missing := [n for n in missing if not job.is_done(n)]):
+
+        def all_are_done() -> bool:
+            missing[:] = [n for n in missing if not job.is_done(n)]
             report(len(job) - len(missing))
-            time.sleep(_POLL_SECONDS)
+            return not missing
+
+        if rank == 0:
+            wait_for(job.folder.parent, all_are_done)
     elif min(processes, len(missing)) > 1:
         _spawn(job, missing, min(processes, len(missing)), report)
     else:

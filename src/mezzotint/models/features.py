@@ -59,12 +59,14 @@ class PublishedWeights:
         files: Names under which the same file is published, the usual one first.
         sha256: What the names tell of its checksum.
         origin: Where it is found, in words.
+        custom: What names of metrics end in if the weights are others than these.
         unused: Beginnings of the names of tensors that the network has no use for.
     """
 
     files: tuple[str, ...]
     sha256: str
     origin: str
+    custom: str
     unused: tuple[str, ...] = ()
 
 
@@ -77,7 +79,8 @@ class FeatureNetworkInfo:
         weights: Where its weights come from; None if they are drawn.
         dim: Length of a feature vector.
         size: Side in pixels that images are resized to, the one it was trained at.
-        suffix: What names of metrics end in; empty for the network that the bare names mean.
+        suffix: What names of metrics end in; empty for the network that the bare names mean, with
+            its published weights.
         resize: How images are brought to that size unless a protocol says otherwise.
         mean: Per channel, subtracted from pixels in 0..255.
         std: Per channel, divided by after that.
@@ -166,6 +169,7 @@ FEATURE_NETWORKS: Mapping[str, FeatureNetworkInfo] = MappingProxyType(
                 ),
                 "6726825d",
                 "release v0.2.0 of torch-fidelity on GitHub, or the weights of pytorch-fid",
+                "custom_inception",
             ),
             dim=2048,
             size=299,
@@ -181,6 +185,7 @@ FEATURE_NETWORKS: Mapping[str, FeatureNetworkInfo] = MappingProxyType(
                 ("vgg16-397923af.pth",),
                 "397923af",
                 "torchvision's weights of VGG16 on ImageNet",
+                "custom_vgg16",
                 unused=("classifier.6.",),
             ),
             dim=4096,
@@ -204,8 +209,14 @@ FEATURE_NETWORKS: Mapping[str, FeatureNetworkInfo] = MappingProxyType(
 )
 
 
-def metric_name(metric: str, network: str) -> str:
+def metric_name(metric: str, network: str, weights_sha256: str | None = None) -> str:
     """Return what a metric is called on a network.
+
+    Args:
+        metric: Its own name.
+        network: Of `FEATURE_NETWORKS`.
+        weights_sha256: Checksum of the weights in use. A network whose published weights they are
+            not is another network; so is one whose file was converted. None means the published.
 
     Raises:
         ConfigError: If there is no such network.
@@ -213,9 +224,18 @@ def metric_name(metric: str, network: str) -> str:
     Example:
         >>> metric_name("fid", "mobilenet-v2"), metric_name("fid", "inception-v3-fid")
         ('fid_mobilenet_v2', 'fid')
+        >>> metric_name("fid", "inception-v3-fid", "0" * 64)
+        'fid_custom_inception'
     """
-    suffix = _info(network).suffix
+    suffix = _suffix(_info(network), weights_sha256)
     return f"{metric}_{suffix}" if suffix else metric
+
+
+def _suffix(info: FeatureNetworkInfo, weights_sha256: str | None) -> str:
+    published = info.weights
+    if not isinstance(published, PublishedWeights) or weights_sha256 is None:
+        return info.suffix
+    return info.suffix if weights_sha256.startswith(published.sha256) else published.custom
 
 
 def _info(name: str) -> FeatureNetworkInfo:
@@ -326,7 +346,8 @@ class FeatureNetwork(nn.Module):
         self, name: str, trunk: nn.Module, info: FeatureNetworkInfo, weights_sha256: str
     ) -> None:
         super().__init__()
-        self.name, self.dim, self.size, self.suffix = name, info.dim, info.size, info.suffix
+        self.name, self.dim, self.size = name, info.dim, info.size
+        self.suffix = _suffix(info, weights_sha256)
         self.has_logits, self.weights_sha256 = info.has_logits, weights_sha256
         self._resize: Resize = info.resize
         self.trunk = trunk.eval()
