@@ -14,7 +14,10 @@ def mezzotint(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_every_flag_arrives_in_the_study(text_run: Path, tmp_path: Path) -> None:
+def test_every_flag_arrives_in_the_study(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
     flags = "--against emoji:validation --samples 4 --steps 1,2 --samplers ddim --scales 1,2.5"
     flags += " --guidance-scale 1.5 --seed 9 --precision float32 --device cpu"
     done = mezzotint("study", "sampling", text_run, *flags.split(), "-o", tmp_path / "out")
@@ -29,7 +32,7 @@ def test_every_flag_arrives_in_the_study(text_run: Path, tmp_path: Path) -> None
         "scales": [1.0, 2.5],
         "seed": 9,
     }
-    assert (study["guidance_scale"], study["data"]["split"]) == (1.5, "validation")
+    assert (study["guidance_scale"], study["data"]) == (1.5, "emoji:validation")
     points = {p.stem for p in (tmp_path / "out" / "points").glob("*.json")}
     assert points == {"ddim-1-1.5", "ddim-2-1.5", "ddim-20-1", "ddim-20-2.5"}
 

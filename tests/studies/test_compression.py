@@ -29,9 +29,9 @@ from mezzotint.studies.compression.recipes import autoencoder_recipe, diffusion_
 from mezzotint.studies.compression.results import (
     DiffusionResult,
     FirstStageResult,
-    Machine,
     Point,
 )
+from mezzotint.studies.machine import Machine
 
 QUIET = Console(quiet=True)
 MACHINE = Machine(processor="a processor", threads=2, device="cpu", precision="float32")

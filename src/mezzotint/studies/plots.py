@@ -157,6 +157,9 @@ def draw_lines(
         axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
+    places = {x for line in lines for x in line.x}
+    if log_x and len(places) == 1:  # matplotlib can leave an axis of one place without any width
+        axes.set_xlim(0.5 * min(places), 1.5 * min(places))
     ends: list[tuple[float, float, str, str]] = []
     for number, line in enumerate(lines):
         colour = line.colour or COLOURS[number % len(COLOURS)]
@@ -208,8 +211,6 @@ def _plain_numbers(axes: Axes, x_ticks: Sequence[float] | None) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
     if x_ticks is not None:
-        if len(x_ticks) == 1:  # these locators leave an axis of one place without any width
-            axes.set_xlim(x_ticks[0] * 0.5, x_ticks[0] * 1.5)
         axes.set_xticks(list(x_ticks), [f"{x:g}" for x in x_ticks])
         axes.xaxis.set_minor_locator(NullLocator())
 

@@ -7,10 +7,12 @@ from rich.console import Console
 
 from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.config import to_yaml
-from mezzotint.data import EmojiDataConfig, FolderDataConfig, open_data
-from mezzotint.errors import ConfigError, RequestError, nearest
-from mezzotint.evaluation.drawing import emoji_labels
-from mezzotint.generation.pipeline import Pipeline, load
+from mezzotint.data import EmojiDataConfig
+from mezzotint.errors import ConfigError, DataError
+from mezzotint.evaluation.card import EvaluationCard
+from mezzotint.evaluation.evaluate import evaluate
+from mezzotint.evaluation.pictures import find_split
+from mezzotint.generation.pipeline import load
 from mezzotint.studies.plots import plot_style
 from mezzotint.studies.sampling_points import Bench, Key, MeasuredPoint, SamplingStudy
 from mezzotint.studies.sampling_report import write_report
@@ -19,8 +21,7 @@ from mezzotint.training.run import load_recipe
 
 __all__ = ["SamplingStudy", "run_sampling_study"]
 
-_EMOJI = "emoji"
-_SPLITS = ("train", "validation", "all")
+_HELD_OUT = 2000  # real pictures that are compared with the others, at most
 
 
 def run_sampling_study(
@@ -41,8 +42,8 @@ def run_sampling_study(
     Args:
         model: A model folder or a finished run folder.
         output: Where all goes.
-        against: A folder of pictures, ``emoji`` or ``emoji:SPLIT``; by default the data that the
-            run was trained on.
+        against: A folder of pictures, or of the splits of a data set, ``emoji`` or
+            ``emoji:SPLIT``; by default the data that the run was trained on.
         device: ``auto``, ``cpu``, ``cuda``, …
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         console: Where progress is shown.
@@ -54,7 +55,8 @@ def run_sampling_study(
 
     Raises:
         CheckpointError: If there is no such model.
-        ConfigError: If a setting is wrong, or a point was measured under another.
+        ConfigError: If a setting is wrong, or a point was measured under another or on another
+            machine.
         DataError: If the data lack what the model draws from, or are too few.
         MissingExtraError: If matplotlib is not installed.
         RequestError: If the model cannot draw so.
@@ -66,24 +68,33 @@ def run_sampling_study(
     recipe = _recipe(Path(model))
     if recipe is not None:
         settings = {"guidance_scale": recipe.guidance_scale, **settings}
-    data = data_config(pipeline, recipe, against)
-    study = SamplingStudy.from_dict(
-        {"model": str(model), "data": data.to_dict(), **settings}, "sampling study"
-    )
-    _check_steps(study, pipeline)
-    bench = Bench(pipeline, open_data(data), study, output)
-    points = _measure(bench, study, console)
+    data: Any = against
+    if against is None:
+        if recipe is None:
+            raise ConfigError(
+                f"{model}: no recipe.yaml says what it was trained on; say what to compare with, by"
+                " --against FOLDER or --against emoji"
+            )
+        data = recipe.data.to_dict()
+    study = SamplingStudy.from_dict({"model": str(model), "data": data, **settings}, "study")
+    bench = Bench(pipeline, study, output)
+    points = _measure(bench, console)
+    held_out = measure_held_out(bench)
+    if held_out is not None:
+        held_out.write(output / "held-out.json")
     write_atomically(output / "study.yaml", to_yaml(study).encode())
-    page = write_report(bench, points, output)
+    page = write_report(bench, points, held_out, output)
     console.print(f"look at {page}", markup=False, highlight=False, soft_wrap=True)
     return page
 
 
-def _measure(bench: Bench, study: SamplingStudy, console: Console) -> dict[Key, MeasuredPoint]:
-    guided = bench.pipeline.model.conditioner.wants is not None
+def _measure(bench: Bench, console: Console) -> dict[Key, MeasuredPoint]:
+    study, guided = bench.study, bench.pipeline.model.conditioner.wants is not None
     # one point may stand in both rows
     keys = list(dict.fromkeys(study.by_steps() + (study.by_scale() if guided else [])))
-    # every file is read before anything is drawn: one that does not fit is told at once
+    # every file is read before anything is drawn: one that does not fit is told at once, and so is
+    # what the model cannot draw
+    bench.drawn_with(study.of_strips())
     found = {key: bench.find(key) for key in keys}
     done = sum(point is not None for point in found.values())
     if done:
@@ -94,8 +105,8 @@ def _measure(bench: Bench, study: SamplingStudy, console: Console) -> dict[Key, 
             point, done = bench.measure(key), done + 1
             sampler, steps, scale = key
             console.print(
-                f"{done} of {len(keys)}: {sampler}, {steps} steps, guidance {scale:g}: KID"
-                f" {point.kid:.4f} ± {point.kid_standard_error:.4f},"
+                f"{done} of {len(keys)}: {sampler}, {steps} steps, guidance {scale:g}:"
+                f" KID (MobileNetV2) {point.kid.value:.4f} ± {point.kid_error:.4f},"
                 f" {point.seconds_per_image:.3f} s a picture",
                 highlight=False,
                 soft_wrap=True,
@@ -113,50 +124,33 @@ def _recipe(model: Path) -> DiffusionRecipe | None:
     return None
 
 
-def data_config(
-    pipeline: Pipeline, recipe: DiffusionRecipe | None, against: str | None
-) -> EmojiDataConfig | FolderDataConfig:
-    """Say what a model is compared with, at the size of its pictures.
+def measure_held_out(bench: Bench) -> EvaluationCard | None:
+    """Compare real pictures that were kept from training with those of the training.
 
     Args:
-        pipeline: The model.
-        recipe: Of its run; what it says of the data holds for other data of its kind.
-        against: What the user asked for, if anything.
+        bench: Where points are measured, by the same protocol and against the same pictures.
 
-    Raises:
-        ConfigError: If nothing was asked for and there is no recipe, or there is no such split.
-        RequestError: If the model draws pictures that are not square.
+    Returns:
+        KID, which no model can be expected to come below; None if the data have no such split.
     """
-    height, width = pipeline.model.image_size
-    if height != width:
-        raise RequestError(
-            f"{pipeline.name}: draws {width}x{height} pixels, and only square pictures are studied"
-        )
-    trained_on = recipe.data if recipe is not None else None
-    if against is None:
-        if trained_on is None:
-            raise ConfigError(
-                f"{pipeline.name}: no recipe.yaml says what it was trained on; say what to compare"
-                " with, by --against FOLDER or --against emoji"
-            )
-        return trained_on.model_copy(update={"resolution": height})
-    kind, colon, split = against.partition(":")
-    if kind == _EMOJI and not Path(against).exists():
-        if colon and split not in _SPLITS:
-            raise ConfigError(f"--against {against}: {nearest(split, _SPLITS)}")
-        emoji = trained_on if isinstance(trained_on, EmojiDataConfig) else None
-        like = emoji or EmojiDataConfig.from_dict({"labels": emoji_labels(pipeline)})
-        update = {"split": split or "train", "subset": None, "names": None, "resolution": height}
-        return like.model_copy(update=update)
-    if isinstance(trained_on, FolderDataConfig):
-        return trained_on.model_copy(update={"path": against, "split": None, "resolution": height})
-    return FolderDataConfig(path=against, resolution=height)
-
-
-def _check_steps(study: SamplingStudy, pipeline: Pipeline) -> None:
-    most = pipeline.model.schedule_config.num_train_timesteps
-    asked = max(*study.steps, study.scale_steps)
-    if asked > most:
-        raise RequestError(
-            f"steps: {asked} is more than the {most} noise levels that the model was trained on"
-        )
+    record, config = bench.reference.pictures.record, bench.reference.config
+    if record.split not in ("train", "training"):
+        return None
+    if isinstance(config, EmojiDataConfig):
+        look = {"style", "groups", "background"}  # others are not like those that are named below
+        if config.model_dump(include=look) != EmojiDataConfig().model_dump(include=look):
+            return None
+        held_out: str | Path = "emoji:validation"
+    else:
+        try:
+            held_out = find_split(Path(config.path).parent, "validation", "validation")[0]
+        except DataError:
+            return None
+    few = {"metrics": ("kid",), "samples": _HELD_OUT, "fewer": True}
+    return evaluate(
+        held_out,
+        bench.study.data,
+        bench.protocol.model_copy(update=few),
+        resolution=record.height,
+        device=str(bench.pipeline.execution.device),
+    )

@@ -2,41 +2,39 @@
 
 import io
 import json
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Self
 
-import numpy as np
-import torch
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from mezzotint.checkpoints.folder import write_atomically
-from mezzotint.config import Config, Document
-from mezzotint.data import DataConfig, ImageData
-from mezzotint.device import precision_name, threads
+from mezzotint.config import Document
+from mezzotint.data import DataConfig
 from mezzotint.diffusion.samplers import SAMPLERS
-from mezzotint.errors import ConfigError, DataError, nearest
-from mezzotint.evaluation.distributions import Estimate, kid, precision_recall
-from mezzotint.evaluation.drawing import spread
+from mezzotint.errors import ConfigError, nearest
+from mezzotint.evaluation.card import DrawnWith, EvaluationCard, Number, PictureRecord
+from mezzotint.evaluation.drawing import Drawing, DrawnPictures
+from mezzotint.evaluation.evaluate import evaluate
 from mezzotint.evaluation.grids import image_grid
-from mezzotint.evaluation.metrics import retrieval
-from mezzotint.evaluation.pictures import evenly
-from mezzotint.generation.generate import GeneratedImage, generate_each
+from mezzotint.evaluation.plan import check_counts, open_drawn
+from mezzotint.evaluation.protocol import EvaluationProtocol, Metric
+from mezzotint.evaluation.reference import RealPictures
+from mezzotint.generation.generate import decode_latents, sample_latents, to_images
 from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.request import GenerationRequest
-from mezzotint.models.features import load_features
+from mezzotint.models.features import metric_name
+from mezzotint.studies.machine import Machine, this_machine
 
-__all__ = ["Bench", "Key", "MeasuredPoint", "PointSettings", "SamplingStudy"]
+__all__ = ["Bench", "Key", "MeasuredPoint", "SamplingStudy"]
 
 Key = tuple[str, int, float]
 """Sampler, number of steps and guidance scale of a point."""
 
-NETWORK = "mobilenet-v2"
-_BATCH = 32  # pictures that the feature network sees at once
+_NETWORK = "mobilenet-v2"
 _LEAST = 4  # pictures that precision and recall can be had from
-_MOST_REAL = 2000  # pictures of a larger data set that are compared with, evenly spread
 _SHOWN = 4  # pictures of each point that are kept to be looked at
 _SIDE_SHOWN = 192  # at most, of these four together
 
@@ -49,7 +47,8 @@ class SamplingStudy(Document):
 
     Attributes:
         model: What the user called it.
-        data: What the pictures are compared with, and whose captions or classes are drawn.
+        data: What the pictures are compared with, and whose captions or classes are drawn: what
+            `evaluate` takes as ``against``.
         samples: Pictures drawn for each point; picture k is drawn from ``seed + k``.
         seed: Of the first picture.
         samplers: Names of `mezzotint.diffusion.samplers.SAMPLERS`.
@@ -61,7 +60,7 @@ class SamplingStudy(Document):
     """
 
     model: str
-    data: DataConfig
+    data: str | DataConfig
     samples: Annotated[int, Field(ge=_LEAST)] = 192
     seed: Annotated[int, Field(ge=0)] = 0
     samplers: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(SAMPLERS)
@@ -71,18 +70,13 @@ class SamplingStudy(Document):
     scale_sampler: str = "ddim"
     scale_steps: Count = 20
 
-    @field_validator("samplers")
+    @field_validator("samplers", "scale_sampler")
     @classmethod
-    def _samplers_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            _check_sampler(name)
-        return names
-
-    @field_validator("scale_sampler")
-    @classmethod
-    def _sampler_exists(cls, name: str) -> str:
-        _check_sampler(name)
-        return name
+    def _samplers_exist(cls, value: Any) -> Any:
+        for name in (value,) if isinstance(value, str) else value:
+            if name not in SAMPLERS:
+                raise ValueError(f"unknown sampler {name!r}; {nearest(name, SAMPLERS)}")
+        return value
 
     @model_validator(mode="after")
     def _no_repetition(self) -> Self:
@@ -100,57 +94,66 @@ class SamplingStudy(Document):
         """Return the points at which the guidance scale is varied."""
         return [(self.scale_sampler, self.scale_steps, g) for g in sorted(self.scales)]
 
+    def of_strips(self) -> Key:
+        """Return how the report's strips are drawn."""
+        return self.scale_sampler, self.scale_steps, self.guidance_scale
 
-def _check_sampler(name: str) -> None:
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; {nearest(name, SAMPLERS)}")
-
-
-class PointSettings(Config):
-    """All that decides the numbers of one point."""
-
-    sampler: str
-    steps: int
-    guidance_scale: float
-    samples: int
-    seed: int
-    model_hash: str
-    data_fingerprint: str
-    precision: str
-    device: str
-    network: str
+    def protocol(self, *, captions: bool) -> EvaluationProtocol:
+        """Return how a point is measured; retrieval only where there are ``captions``."""
+        metrics: tuple[Metric, ...] = ("kid", "precision", "recall")
+        if captions:
+            metrics += ("retrieval",)
+        return EvaluationProtocol(
+            name="sampling-study",
+            description="many points of few pictures each: KID first, whose estimate is unbiased",
+            metrics=metrics,
+            network=_NETWORK,
+            resize="bicubic-antialias",
+            samples=self.samples,
+            reference_samples=10_000,
+            kid_subsets=None,
+        )
 
 
 class MeasuredPoint(Document):
     """One sampler at one number of steps and one guidance scale.
 
     Attributes:
-        settings: What decided the numbers.
-        kid: Unbiased kernel distance to the real pictures, on MobileNetV2.
-        kid_standard_error: By the jackknife.
-        precision: Share of the drawn pictures that are among the real ones (arXiv 1904.06991).
-        recall: Share of the real pictures that are among the drawn ones.
-        retrieval: Share of the drawn pictures whose nearest real one bears their caption; only of
-            text-conditional models.
-        seconds_per_image: From condition to pixels, drawn in batches.
+        card: The numbers, and all that decided them.
         network_calls: Of the UNet, for each batch; under guidance each has both halves.
-        threads: Of the processor.
+        machine: What drew the pictures.
     """
 
-    settings: PointSettings
-    kid: float
-    kid_standard_error: float
-    precision: float
-    recall: float
-    retrieval: float | None
-    seconds_per_image: float
+    card: EvaluationCard
     network_calls: int
-    threads: int
+    machine: Machine
 
     @property
-    def kid_estimate(self) -> Estimate:
-        """KID and its standard error."""
-        return Estimate(self.kid, self.kid_standard_error)
+    def drawn_with(self) -> DrawnWith:
+        """How the pictures were drawn."""
+        assert self.card.drawn_with is not None, "a model drew them"
+        return self.card.drawn_with
+
+    @property
+    def kid(self) -> Number:
+        """Unbiased kernel distance to the real pictures, with its standard error."""
+        return self.card.numbers[metric_name("kid", _NETWORK)]
+
+    @property
+    def kid_error(self) -> float:
+        """The standard error of KID."""
+        return self.kid.standard_error or 0.0
+
+    def share(self, metric: str) -> float | None:
+        """Return ``precision``, ``recall`` or ``retrieval``; None if it was not measured."""
+        number = self.card.numbers.get(metric_name(metric, _NETWORK))
+        return None if number is None else number.value
+
+    @property
+    def seconds_per_image(self) -> float:
+        """From condition to pixels, drawn in batches."""
+        assert self.card.cost.pictures_seconds is not None, "the pictures were drawn"
+        return self.card.cost.pictures_seconds
 
 
 class Bench:
@@ -158,7 +161,6 @@ class Bench:
 
     Args:
         pipeline: The model.
-        data: The real pictures.
         study: What is measured.
         folder: Of the study; points go into its ``points/``.
 
@@ -167,90 +169,93 @@ class Bench:
         RequestError: If the data have a class that the model does not know.
 
     Attributes:
-        fields: What each picture is drawn from: its prompt or class, and its seed.
+        protocol: How each point is measured.
+        reference: The real pictures.
+        machine: What draws.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, data: ImageData, study: SamplingStudy, folder: Path
-    ) -> None:
-        if len(data) < _LEAST:
-            raise DataError(
-                f"data: {len(data)} images are too few to compare with; give at least {_LEAST}"
-            )
+    def __init__(self, pipeline: Pipeline, study: SamplingStudy, folder: Path) -> None:
         self.pipeline, self.study, self.folder = pipeline, study, folder / "points"
-        self._data = data
-        self._chosen = evenly(_MOST_REAL, len(data))
-        self._captions = [data.describe(k)[0] for k in self._chosen]
-        self._named = spread(study.samples, len(self._chosen))
-        self.fields = self._fields()
-        self._network = load_features(NETWORK).to(pipeline.execution.device)
-        self._real: Tensor | None = None
-        self._warm = False
-
-    def settings(self, key: Key) -> PointSettings:
-        """Return what decides the numbers of a point."""
-        sampler, steps, scale = key
-        return PointSettings(
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=scale,
-            samples=self.study.samples,
-            seed=self.study.seed,
-            model_hash=self.pipeline.model_hash,
-            data_fingerprint=self._data.fingerprint,
-            precision=precision_name(self.pipeline.execution.precision),
-            device=self.pipeline.execution.device.type,
-            network=NETWORK,
+        self.machine = this_machine(pipeline.execution)
+        self.protocol = study.protocol(captions=pipeline.model.conditioner.wants == "caption")
+        # of one step: these are drawn only to warm up, and know the conditions of all others
+        self._first, self.reference, _ = open_drawn(
+            pipeline,
+            RealPictures(
+                study.data,
+                default_split=self.protocol.reference_split,
+                limit=self.protocol.reference_samples,
+            ),
+            Drawing(seed=study.seed, steps=1),
+            self.protocol,
+            caption_column=None,
+            device=self.machine.device,
+            precision="auto",
         )
+        check_counts(self.protocol, self._first, self.reference, None)
+        self._warm = False
 
     def path(self, key: Key) -> Path:
         """Return the file of a point; its pictures lie beside it as PNG."""
         sampler, steps, scale = key
         return self.folder / f"{sampler}-{steps}-{scale:g}.json"
 
+    def drawn_with(self, key: Key) -> DrawnWith:
+        """Return how the pictures of a point are drawn.
+
+        Raises:
+            RequestError: If the model cannot draw so.
+        """
+        how, first = Drawing.from_dict(self._how(key)), self._first
+        source = first.drawn_with.conditions
+        return DrawnPictures(self.pipeline, how, first.conditions, source, len(first)).drawn_with
+
     def find(self, key: Key) -> MeasuredPoint | None:
         """Return a point that is measured already.
 
         Raises:
-            ConfigError: If its file is damaged, or it was measured under other settings.
+            ConfigError: If its file is damaged, or it was measured under other settings or on
+                another machine.
+            RequestError: If the model cannot draw so.
         """
-        path = self.path(key)
+        drawn_with, path = self.drawn_with(key), self.path(key)
         if not path.is_file() or not path.with_suffix(".png").is_file():
             return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            data: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
             raise ConfigError(f"{path}: damaged; remove it and it is measured again") from None
         point = MeasuredPoint.from_dict(data, str(path))
-        before, now = point.settings.to_dict(), self.settings(key).to_dict()
+        card, real = point.card, self.reference.pictures.record
+        before = _settings(card.protocol, point.drawn_with, card.reference, point.machine)
+        now = _settings(self.protocol, drawn_with, real, self.machine)
         different = [f"{k} ({before[k]}, now {now[k]})" for k in now if before[k] != now[k]]
         if different:
             raise ConfigError(
                 f"{path}: was measured with another {', another '.join(different)}; go on with the"
-                " same settings, or choose another --output"
+                " same settings on the same machine, or choose another --output"
             )
         return point
 
     def measure(self, key: Key) -> MeasuredPoint:
         """Draw the pictures of a point, judge them, and keep the result."""
-        drawn, seconds, calls = self._draw(key)
-        features = self._features(torch.stack([_bytes(d.image) for d in drawn]))
-        real = self._real_features()
-        found = kid(features, real)
-        precision, recall = precision_recall(features, real)
-        point = MeasuredPoint(
-            settings=self.settings(key),
-            kid=found.value,
-            kid_standard_error=found.standard_error,
-            precision=precision,
-            recall=recall,
-            retrieval=self._retrieval(features, real),
-            seconds_per_image=seconds / len(drawn),
-            network_calls=calls,
-            threads=threads(),
-        )
+        if not self._warm:  # the first pictures pay for what later ones find prepared
+            self._first.read(0, min(self.protocol.batch_size, self.study.samples))
+            self._warm = True
+        images, calls = self._draw_shown(key)
+        # not in the cache: what was begun there on another machine would bring its seconds along
+        with TemporaryDirectory() as work:
+            card = evaluate(
+                self.pipeline,
+                self.study.data,
+                self.protocol,
+                device=str(self.pipeline.execution.device),
+                work=work,
+                **self._how(key),
+            )
+        point = MeasuredPoint(card=card, network_calls=calls, machine=self.machine)
         path, png = self.path(key), io.BytesIO()
-        _sample([d.image for d in drawn[:_SHOWN]]).save(png, format="PNG")
+        _sheet(images).save(png, format="PNG")
         write_atomically(path.with_suffix(".png"), png.getvalue())
         write_atomically(path, (json.dumps(point.to_dict(), indent=1) + "\n").encode())
         return point
@@ -261,41 +266,23 @@ class Bench:
             return image.convert("RGB")
 
     def requests(self, key: Key) -> list[GenerationRequest]:
-        """Return what draws the pictures of a point."""
+        """Return what draws the first four pictures of a point."""
+        name = "prompt" if self.pipeline.task == "text-to-image" else "class_label"
+        conditions: Sequence[str | None] = self._first.conditions or [None] * _SHOWN
+        return [
+            self.pipeline.request(
+                **self._how(key) | {"seed": self.study.seed + k, name: conditions[k]}
+            )
+            for k in range(_SHOWN)
+        ]
+
+    def _how(self, key: Key) -> dict[str, Any]:
         sampler, steps, scale = key
-        how = {"sampler": sampler, "steps": steps, "guidance_scale": scale}
-        return [self.pipeline.request(**how, **fields) for fields in self.fields]
+        seed = self.study.seed
+        return {"sampler": sampler, "steps": steps, "guidance_scale": scale, "seed": seed}
 
-    def _fields(self) -> list[dict[str, Any]]:
-        conditioner, seed = self.pipeline.model.conditioner, self.study.seed
-        seeds = [{"seed": seed + k} for k in range(self.study.samples)]
-        if conditioner.wants is None:
-            return seeds
-        names = self._data.class_names
-        given: list[dict[str, Any]] = []
-        for caption, label in map(self._data.describe, self._chosen):
-            if conditioner.wants == "caption":
-                if caption is None:
-                    raise DataError(
-                        "data: there are no captions, and the model draws from them; give data"
-                        " that have some by --against"
-                    )
-                given.append({"prompt": caption})
-            else:
-                if names is None or label is None:
-                    raise DataError(
-                        "data: there are no classes, and the model draws from them; sort the"
-                        " pictures into a sub-folder per class"
-                    )
-                given.append({"class_label": names[label]})
-        return [given[row] | s for row, s in zip(self._named, seeds, strict=True)]
-
-    def _draw(self, key: Key) -> tuple[list[GeneratedImage], float, int]:
-        """Pictures, seconds for all of them, and network calls for each batch."""
-        requests = self.requests(key)
-        if not self._warm:  # the first pictures pay for what later ones find prepared
-            generate_each(self.pipeline, [r.model_copy(update={"steps": 1}) for r in requests])
-            self._warm = True
+    def _draw_shown(self, key: Key) -> tuple[list[Image.Image], int]:
+        """The first four pictures, and the network calls that their one batch takes."""
         calls = 0
 
         def count(*_: object) -> None:
@@ -304,46 +291,24 @@ class Bench:
 
         hook = self.pipeline.model.unet.register_forward_hook(count)
         try:
-            begun = time.perf_counter()
-            drawn = generate_each(self.pipeline, requests)
-            seconds = time.perf_counter() - begun
+            latents = sample_latents(self.pipeline, self.requests(key))
         finally:
             hook.remove()
-        batches = -(-len(drawn) // max(_batch_size(item) for item in drawn))
-        return drawn, seconds, calls // batches
-
-    def _features(self, images: Tensor) -> Tensor:
-        device = self.pipeline.execution.device
-        return torch.cat(
-            [self._network.extract(part.to(device))[0].cpu() for part in images.split(_BATCH)]
-        )
-
-    def _real_features(self) -> Tensor:
-        if self._real is None:
-            images = torch.stack([self._data.load(k).image for k in self._chosen])
-            self._real = self._features(images)
-        return self._real
-
-    def _retrieval(self, features: Tensor, real: Tensor) -> float | None:
-        if self.pipeline.model.conditioner.wants != "caption":
-            return None
-        found = retrieval(features, real).tolist()
-        right = [
-            self._captions[f] == self._captions[n] for f, n in zip(found, self._named, strict=True)
-        ]
-        return sum(right) / len(right)
+        parts = latents.split(1)  # large pictures together would take much memory
+        return [to_images(decode_latents(self.pipeline, part))[0] for part in parts], calls
 
 
-def _bytes(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _settings(
+    protocol: EvaluationProtocol, drawn_with: DrawnWith, real: PictureRecord, machine: Machine
+) -> dict[str, Any]:
+    """What decides the numbers and the seconds of a point, by name."""
+    in_words = ("description", "format_version", "model", "conditions", "last_seed")
+    values = protocol.to_dict() | drawn_with.to_dict() | machine.to_dict()
+    decisive = {name: value for name, value in values.items() if name not in in_words}
+    return decisive | {"data": real.fingerprint}
 
 
-def _batch_size(drawn: GeneratedImage) -> int:
-    assert drawn.request.resolved is not None
-    return drawn.request.resolved.batch_size
-
-
-def _sample(images: list[Image.Image]) -> Image.Image:
+def _sheet(images: list[Image.Image]) -> Image.Image:
     sheet = image_grid(images, columns=2)
     if max(sheet.size) > _SIDE_SHOWN:
         sheet.thumbnail((_SIDE_SHOWN, _SIDE_SHOWN), Image.Resampling.LANCZOS)

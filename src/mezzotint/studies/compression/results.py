@@ -11,12 +11,12 @@ from mezzotint.config import Config, Document, read_yaml, to_yaml
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.evaluation.card import EvaluationCard
 from mezzotint.studies.compression.recipes import RESOLUTION, STAGES, find_stage
+from mezzotint.studies.machine import Machine
 
 __all__ = [
     "CompressionStudy",
     "DiffusionResult",
     "FirstStageResult",
-    "Machine",
     "Point",
     "claim",
     "first_stage_result",
@@ -63,15 +63,6 @@ class CompressionStudy(Document):
             data[key] *= scale
         data["samples"] = max(8, round(self.samples * scale))
         return CompressionStudy.from_dict(data, "study")
-
-
-class Machine(Config):
-    """What a run ran on: minutes mean nothing without it."""
-
-    processor: str
-    threads: int
-    device: str
-    precision: str
 
 
 class FirstStageResult(Document):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint.checkpoints.model import load_first_stage, load_model
 from mezzotint.data.emoji import EmojiData
-from mezzotint.device import Execution, precision_name, select_device, select_precision, threads
+from mezzotint.device import Execution, select_device, select_precision
 from mezzotint.evaluation.evaluate import evaluate
 from mezzotint.evaluation.metrics import ssim
 from mezzotint.evaluation.protocol import EvaluationProtocol
@@ -41,13 +40,13 @@ from mezzotint.studies.compression.results import (
     CompressionStudy,
     DiffusionResult,
     FirstStageResult,
-    Machine,
     Point,
     claim,
     first_stage_result,
     result_path,
     write_result,
 )
+from mezzotint.studies.machine import this_machine
 from mezzotint.studies.plots import plot_style
 from mezzotint.training.checkpoint import list_checkpoints, read_checkpoint
 from mezzotint.training.recipe import DiffusionRecipe, Recipe
@@ -113,12 +112,7 @@ class _Runner:
     ) -> None:
         self.study, self.output, self.work = study, output, work
         self.execution, self.device, self.console = execution, device, console
-        self.machine = Machine(
-            processor=_processor(execution),
-            threads=threads(),
-            device=execution.device.type,
-            precision=precision_name(execution.precision),
-        )
+        self.machine = this_machine(execution)
 
     def first_stage(self, stage: Stage) -> FirstStage:
         """Train a first stage and measure it, if that is not done; return it."""
@@ -318,19 +312,3 @@ def _gflops(model: LatentDiffusion) -> float:
         cond = model.conditioner.null(1)
         model.predict(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device), cond)
     return counter.get_total_flops() / 1e9
-
-
-def _processor(execution: Execution) -> str:
-    if execution.device.type == "cuda":
-        return torch.cuda.get_device_name(execution.device)
-    for line in _cpuinfo().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
