@@ -11,8 +11,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) install --no-compile
 
-# one thread: the tests' networks are so small that more would spend their time waiting for one another
+# one thread: the tests' networks are so small that more would spend their time waiting for one another;
+# so two processes, each with whole files, which keeps what a file's tests share
 TEST_THREADS ?= 1
+TEST_PROCESSES ?= 2
 
 .PHONY: demo test check format clean
 .DELETE_ON_ERROR:
@@ -21,7 +23,8 @@ demo: $(VENV)/.installed-train
 	$(BIN)/mezzotint demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+	  -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
