@@ -127,3 +127,18 @@ def test_exported_latents_have_unit_variance_over_the_data(tiny, tmp_path, norma
         folded = first_stage.decode(first_stage.encode(images).mode())
     torch.testing.assert_close(folded, same, rtol=1e-3, atol=1e-4)
     assert restored.shape == images.shape
+
+
+def test_patches_are_squares_of_the_images_and_the_same_again(tiny):
+    data = open_data(tiny.autoencoder().data)
+    execution = select_precision("float32", select_device("cpu"))
+    whole = AutoencoderTask(tiny.autoencoder(), data, execution)
+    task = AutoencoderTask(tiny.autoencoder(patch=16), data, execution)
+    images, patches = whole._make_batch(3), task._make_batch(3)
+    assert patches.shape == (4, 3, 16, 16)
+    assert torch.equal(patches, task._make_batch(3))
+    for image, patch in zip(images, patches, strict=True):
+        places = image.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 17, 17, 16, 16)
+        assert (places == patch[:, None, None]).all(dim=(0, 3, 4)).any()
+    for each in (whole, task):
+        each.batches.close()

@@ -73,3 +73,15 @@ def test_learning_rate_rises_and_falls():
     assert learning_rate_factor(config, 999, 1.0) == pytest.approx(0.0)
     constant = OptimizerConfig(schedule="constant")
     assert learning_rate_factor(constant, 999, 0.9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        (64, "patch 64 is larger than data.resolution 32"),
+        (18, "patch 18 is not divisible by the autoencoder's f = 4"),
+    ],
+)
+def test_a_patch_that_does_not_fit_is_refused(tiny, patch, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.autoencoder(patch=patch)

@@ -91,15 +91,21 @@ class AutoencoderTask:
 
     def _make_batch(self, step: int) -> Tensor:
         first = step * self.images_per_step
-        return torch.stack(
-            [
-                self.data.load(
-                    self.order.index(position),
-                    keyed_generator(self.recipe.seed, 0xDA7A, position),
-                ).image
-                for position in range(first, first + self.images_per_step)
-            ]
+        positions = range(first, first + self.images_per_step)
+        return torch.stack([self._view(position) for position in positions])
+
+    def _view(self, position: int) -> Tensor:
+        """The image at a position of the data's order, or a square of it."""
+        generator = keyed_generator(self.recipe.seed, 0xDA7A, position)
+        image = self.data.load(self.order.index(position), generator).image
+        side = self.recipe.patch
+        if side is None:
+            return image
+        top, left = (
+            int(torch.randint(size - side + 1, (1,), generator=generator))
+            for size in image.shape[1:]
         )
+        return image[:, top : top + side, left : left + side]
 
     def train_step(self, step: int, progress: float) -> Mapping[str, Tensor | float]:
         """Do one step of the autoencoder, and one of the discriminator where it takes part."""

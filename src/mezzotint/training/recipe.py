@@ -150,6 +150,9 @@ class AutoencoderRecipe(_RecipeBase):
     model: Annotated[AutoencoderKLConfig | VQModelConfig, Field(discriminator="kind")]
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    patch: int | None = Field(
+        default=None, ge=1, description="train on random squares of so many pixels of each image"
+    )
     normalization: Literal["scalar", "channel"] = Field(
         default="scalar",
         description="the paper's one scale factor, or mean and std per latent channel",
@@ -169,18 +172,23 @@ class AutoencoderRecipe(_RecipeBase):
                 raise ValueError("loss.adversarial.discriminator.in_channels must be 3")
             least["loss.adversarial"] = 3 * 2 ** (discriminator.layers - 1)
         key = max(least, key=lambda name: least[name])
-        if self.data.resolution < least[key]:
+        if self.patch is not None and self.patch > self.data.resolution:
             raise ValueError(
-                f"data.resolution {self.data.resolution} is too small for {key}, which needs"
-                f" {least[key]} pixels"
+                f"patch {self.patch} is larger than data.resolution {self.data.resolution}"
+            )
+        name = "data.resolution" if self.patch is None else "patch"
+        side = self.patch or self.data.resolution
+        if side < least[key]:
+            raise ValueError(
+                f"{name} {side} is too small for {key}, which needs {least[key]} pixels"
             )
         if self.model.kind == "vq" and self.normalization == "channel":
             raise ValueError("normalization: 'channel' is for KL first stages, not for vq")
-        if self.data.resolution % self.model.factor:
-            raise ValueError(
-                f"data.resolution {self.data.resolution} is not divisible by the autoencoder's"
-                f" f = {self.model.factor}"
-            )
+        for name, side in (("data.resolution", self.data.resolution), ("patch", self.patch)):
+            if side is not None and side % self.model.factor:
+                raise ValueError(
+                    f"{name} {side} is not divisible by the autoencoder's f = {self.model.factor}"
+                )
         return self
 
 
