@@ -220,7 +220,7 @@ def test_claims_about_reconstruction() -> None:
 
 def test_scaling_multiplies_training_and_pictures() -> None:
     study = CompressionStudy().scaled(2.5)
-    assert (study.diffusion_minutes, study.samples) == (7.5, 640)
+    assert (study.diffusion_minutes, study.samples) == (6.25, 480)
     with pytest.raises(ConfigError, match="resolution"):
         CompressionStudy.from_dict({"resolution": 100})
 

@@ -10,6 +10,7 @@ from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 __all__ = [
     "AUTOENCODER_BATCH",
     "DIFFUSION_BATCH",
+    "PATCH",
     "RESOLUTION",
     "STAGES",
     "Stage",
@@ -20,9 +21,13 @@ __all__ = [
 ]
 
 RESOLUTION = 128
-AUTOENCODER_BATCH, DIFFUSION_BATCH = 4, 16
+AUTOENCODER_BATCH, DIFFUSION_BATCH = 8, 16
+PATCH = 64  # pixels; first stages are trained on squares of this side
 _CONTEXT = 64
-_PATCH = 64  # pixels
+# Groups of 3 channels and more: a channel that is normalised alone loses its mean over the picture,
+# and with it the picture's colour.
+_AUTOENCODER_GROUPS = 4
+_UNET_GROUPS = {1: 4, 2: 8}  # by f; 16 above
 # channels by level; f = 2 ** (levels - 1)
 _AUTOENCODER_WIDTHS = (16, 32, 64, 128, 128, 128)
 # By f: channels by level, and which levels have attention. As in the paper's table 13 the UNet has
@@ -107,7 +112,7 @@ def autoencoder_recipe(
         "block_out_channels": _AUTOENCODER_WIDTHS[:levels],
         "layers_per_block": 1,
         "mid_attention": False,
-        "norm_num_groups": 16,
+        "norm_num_groups": _AUTOENCODER_GROUPS,
     }
     if stage.codes is not None:
         model["codebook_size"] = stage.codes
@@ -126,11 +131,11 @@ def autoencoder_recipe(
                 "kl": 0.01,
                 "adversarial": None,
             },
-            # four times as many steps in the same time: minutes are few, and convolutions local
-            "patch": min(_PATCH, resolution),
+            # four times as many pictures in the same time: minutes are few, and convolutions local
+            "patch": min(PATCH, resolution),
             "ema_decay": 0.995,
             "batch_size": AUTOENCODER_BATCH,
-            "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100},
+            "optimizer": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 100},
             "budget": {"max_minutes": minutes},
             "run": {"checkpoint_minutes": 2.0, "sample_minutes": minutes, "log_steps": 20},
         }
@@ -168,7 +173,7 @@ def diffusion_recipe(
                 "attention_levels": attention,
                 "cross_attention_dim": _CONTEXT,
                 "num_attention_heads": 4,
-                "norm_num_groups": 16,
+                "norm_num_groups": _UNET_GROUPS.get(stage.factor, 16),
             },
             "conditioning": {"kind": "class", "width": _CONTEXT},
             "schedule": {
@@ -181,7 +186,7 @@ def diffusion_recipe(
             "ema_decay": 0.995,
             "guidance_scale": 1.0,
             # no decay of the learning rate: every point of the curve is a model as good as any
-            "optimizer": {"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 100},
+            "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 100},
             "budget": {"max_minutes": minutes},
             "run": {
                 "checkpoint_minutes": minutes / points,

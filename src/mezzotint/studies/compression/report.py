@@ -12,7 +12,7 @@ from mezzotint.errors import ConfigError
 from mezzotint.evaluation.distributions import Estimate
 from mezzotint.evaluation.grids import labelled_rows
 from mezzotint.studies.compression.claims import final_kid, judge, kid_at, spread_of_seeds
-from mezzotint.studies.compression.recipes import STAGES
+from mezzotint.studies.compression.recipes import PATCH, STAGES
 from mezzotint.studies.compression.results import (
     CompressionStudy,
     DiffusionResult,
@@ -89,9 +89,10 @@ def _what_was_done(
     )
     report.paragraph(
         "How it differs from the paper: minutes in place of GPU days, 1,430 drawings in place of"
-        " 1.2 million photographs, no discriminator in so few steps, v-prediction with zero"
-        " terminal SNR in place of ε, MobileNetV2 in place of Inception, and KID in place of FID,"
-        " which is biased for so few pictures."
+        f" 1.2 million photographs, first stages trained on squares of {PATCH} pixels and without a"
+        " discriminator in so few steps, v-prediction with zero terminal SNR in place of ε,"
+        " MobileNetV2 in place of Inception, and KID in place of FID, which is biased for so few"
+        " pictures."
     )
     weights = {
         r.stage: {d.first_stage_weights for d in diffusions if d.stage == r.stage}

@@ -42,10 +42,10 @@ class CompressionStudy(Document):
     """
 
     resolution: int = Field(default=RESOLUTION, ge=32, multiple_of=32)
-    first_stage_minutes: float = Field(default=3.0, gt=0)
-    diffusion_minutes: float = Field(default=3.0, gt=0)
+    first_stage_minutes: float = Field(default=3.5, gt=0)
+    diffusion_minutes: float = Field(default=2.5, gt=0)
     points: int = Field(default=3, ge=1)
-    samples: int = Field(default=256, ge=8)
+    samples: int = Field(default=192, ge=8)
     reference_samples: int | None = Field(default=None, ge=8)
     steps: int = Field(default=12, ge=1)
     sampler: str = "dpmpp_2m"
