@@ -17,7 +17,7 @@ from mezzotint.config import to_yaml
 from mezzotint.evaluation.card import EvaluationCard
 from mezzotint.evaluation.protocol import EvaluationProtocol
 
-MEZZOTINT = str(Path(sys.executable).with_name("mezzotint"))
+MEZZOTINT, TORCHRUN = (str(Path(sys.executable).with_name(n)) for n in ("mezzotint", "torchrun"))
 REAL = "emoji:validation"
 PROTOCOL = EvaluationProtocol(
     name="tiny",
@@ -59,8 +59,10 @@ def start(text_run: Path, tmp_path: Path) -> Iterator[Start]:
     (tmp_path / "tiny.yaml").write_text(to_yaml(PROTOCOL))
     started: list[subprocess.Popen[str]] = []
 
-    def begin(card: str, *options: str, **variables: str) -> subprocess.Popen[str]:
-        command = [MEZZOTINT, "evaluate", str(text_run), "--against", REAL, *options]
+    def begin(
+        card: str, *options: str, launcher: tuple[str, ...] = (), **variables: str
+    ) -> subprocess.Popen[str]:
+        command = [*launcher, MEZZOTINT, "evaluate", str(text_run), "--against", REAL, *options]
         command += ["--protocol", "tiny.yaml", "--steps", str(STEPS), "-o", card]
         with (tmp_path / "errors.txt").open("w") as errors:
             process = subprocess.Popen(
@@ -101,11 +103,10 @@ def test_two_threads_give_the_same(text_run: Path, expected: dict[str, float]) -
 def test_the_ranks_of_torchrun_give_the_same(
     start: Start, tmp_path: Path, expected: dict[str, float]
 ) -> None:
+    launcher = (TORCHRUN, "--standalone", "--no-python", "--nproc-per-node", "2")
     # with a cache of their own, so that they share the work on the real pictures too
-    common = {"WORLD_SIZE": "2", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    ranks = [start("card.json", RANK=r, LOCAL_RANK=r, **common) for r in ("0", "1")]
-    for process in ranks:
-        assert process.wait(timeout=100) == 0, (tmp_path / "errors.txt").read_text()
+    process = start("card.json", launcher=launcher, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert process.wait(timeout=100) == 0, (tmp_path / "errors.txt").read_text()
     found = numbers(EvaluationCard.read(tmp_path / "card.json"))
     assert found == pytest.approx(expected, rel=1e-6)
     assert list((tmp_path / "cache" / "mezzotint" / "evaluations").iterdir()) == []

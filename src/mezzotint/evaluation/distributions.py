@@ -20,6 +20,7 @@ __all__ = [
     "inception_score",
     "kid",
     "nearest_neighbours",
+    "polynomial_kernel",
     "precision_recall",
 ]
 
@@ -182,7 +183,12 @@ def _discrepancy(x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(value), float(variance)
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
+def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """Return KID's kernel ``(x . y / d + 1)**3`` between rows, ``(M, d)`` and ``(N, d)``.
+
+    Returns:
+        ``(M, N)`` float64 (arXiv 1801.01401, section 4).
+    """
     return (a.double() @ b.double().T / a.shape[1] + 1.0) ** 3
 
 
@@ -192,7 +198,7 @@ def _kernel_sums(x: Tensor) -> Tensor:
     for rows, columns in _blocks(len(x), len(x)):
         if columns.start < rows.start:  # symmetric
             continue
-        block = _kernel(x[rows], x[columns])
+        block = polynomial_kernel(x[rows], x[columns])
         if rows == columns:
             block.fill_diagonal_(0.0)
         else:
@@ -204,7 +210,7 @@ def _kernel_sums(x: Tensor) -> Tensor:
 def _cross_kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     by_row, by_column = (side.new_zeros(len(side), dtype=torch.float64) for side in (x, y))
     for rows, columns in _blocks(len(x), len(y)):
-        block = _kernel(x[rows], y[columns])
+        block = polynomial_kernel(x[rows], y[columns])
         by_row[rows] += block.sum(1)
         by_column[columns] += block.sum(0)
     return by_row, by_column

@@ -1,5 +1,6 @@
 """Measures of pictures against pictures."""
 
+import hashlib
 import importlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -13,6 +14,7 @@ from mezzotint.evaluation.distributions import Estimate
 from mezzotint.models.features import FeatureNetwork, load_features, metric_name
 from mezzotint.models.mobilenet import MobileNetV2, mobilenet_distance
 from mezzotint.models.perceptual import PerceptualConfig, build_perceptual
+from mezzotint.models.weights import locate_weights
 
 __all__ = [
     "PerceptualDistance",
@@ -26,6 +28,11 @@ __all__ = [
 ]
 
 _SSIM_WINDOW = 11
+# sha256 of torchvision's vgg16-397923af.pth, and of vgg.pth in the package lpips 0.1
+_PUBLISHED_LPIPS = (
+    "397923af",
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -133,7 +140,9 @@ def perceptual_metric(
 
     Args:
         name: ``mobilenet-v2``, shipped, with all channels weighted alike, whose metric is called
-            ``lpips_mobilenet_v2``; or ``lpips-vgg16``, the customary one, called ``lpips``.
+            ``lpips_mobilenet_v2``; or ``lpips-vgg16``, the customary one, called ``lpips`` with
+            torchvision's VGG16 and the heads of LPIPS 0.1 as they were published, and
+            ``lpips_custom_vgg16`` with any other files.
         weights: Of ``lpips-vgg16``; see `mezzotint.models.perceptual.PerceptualConfig`.
         sha256: Checksum of ``weights``.
         heads: The linear heads, if ``weights`` has none.
@@ -158,10 +167,23 @@ def perceptual_metric(
             return PerceptualDistance(metric_name("lpips", name), mobilenet_distance(trunk))
         case "lpips-vgg16":
             config = PerceptualConfig.from_dict({"network": name, **given}, "perceptual metric")
-            return PerceptualDistance("lpips", build_perceptual(config))
+            distance = build_perceptual(config)
+            suffix = "" if _is_published_lpips(config) else "_custom_vgg16"
+            return PerceptualDistance(f"lpips{suffix}", distance)
         case _:
             choices = nearest(name, ("mobilenet-v2", "lpips-vgg16"))
             raise ConfigError(f"unknown perceptual metric {name!r}; {choices}")
+
+
+def _is_published_lpips(config: PerceptualConfig) -> bool:
+    files = ((config.weights, config.sha256), (config.heads, config.heads_sha256))
+    for (location, known), published in zip(files, _PUBLISHED_LPIPS, strict=True):
+        if location is None:
+            return False
+        with locate_weights(location, known).open("rb") as file:
+            if not hashlib.file_digest(file, "sha256").hexdigest().startswith(published):
+                return False
+    return True
 
 
 @torch.inference_mode()

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from mezzotint.device import Execution, autocast
 from mezzotint.errors import DataError
-from mezzotint.evaluation.distributions import Estimate, FeatureStatistics, frechet_distance
+from mezzotint.evaluation.distributions import (
+    Estimate,
+    FeatureStatistics,
+    frechet_distance,
+    polynomial_kernel,
+)
 from mezzotint.evaluation.metrics import perceptual_metric, psnr, ssim
 from mezzotint.generation.generate import to_bytes
 from mezzotint.latent_diffusion import FirstStage
@@ -266,18 +271,18 @@ def paired_kid(restored: Tensor, original: Tensor) -> Estimate:
     Raises:
         DataError: If there are fewer than 3.
     """
-    count, dim = original.shape
+    count = len(original)
     if count < 3:
         raise DataError(f"KID: {count} images are too few; give at least 3")
-    x, y = restored.double(), original.double()
+    x, y = restored.double(), original.double()  # once, and not for each block
     rows = torch.empty(count, dtype=torch.float64)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
         terms = (
-            _kernel(x[part], x, dim)
-            + _kernel(y[part], y, dim)
-            - _kernel(x[part], y, dim)
-            - _kernel(y[part], x, dim)
+            polynomial_kernel(x[part], x)
+            + polynomial_kernel(y[part], y)
+            - polynomial_kernel(x[part], y)
+            - polynomial_kernel(y[part], x)
         )
         terms[:, part].fill_diagonal_(0.0)
         rows[part] = terms.sum(1)
@@ -286,10 +291,6 @@ def paired_kid(restored: Tensor, original: Tensor) -> Estimate:
     without = (total - 2.0 * rows) / ((count - 1) * (count - 2))
     spread = (without - without.mean()).square().sum() * (count - 1) / count
     return Estimate(float(value), float(spread.sqrt()))
-
-
-def _kernel(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    return (a @ b.T / dim + 1.0) ** 3
 
 
 def _floats(images: Tensor) -> Tensor:
