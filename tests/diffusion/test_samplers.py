@@ -11,13 +11,27 @@ import torch
 from torch import Tensor
 
 from mezzotint.diffusion.denoiser import Denoiser
-from mezzotint.diffusion.samplers import SAMPLERS, dpmpp_2m, euler, get_sampler, heun, plms
-from mezzotint.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mezzotint.diffusion.samplers import (
+    SAMPLERS,
+    consistency,
+    dpm2,
+    dpmpp_2m,
+    dpmpp_sde,
+    euler,
+    get_sampler,
+    heun,
+    lms,
+    plms,
+    unipc,
+)
+from mezzotint.diffusion.schedule import SPACINGS, NoiseSchedule, ScheduleConfig
 from mezzotint.errors import RequestError
 from mezzotint.rng import SampleNoise
 
 MEAN, VARIANCE = 0.5, 0.25
 DETERMINISTIC = [name for name, info in SAMPLERS.items() if not info.stochastic]
+# lcm is for networks that give the end of the path, not the mean of what the image may be
+FOR_ANY_NETWORK = sorted(name for name, info in SAMPLERS.items() if not info.distilled)
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
@@ -36,9 +50,12 @@ def mixture(x: Tensor, sigma: Tensor) -> Tensor:
 class UnitNoise:
     """Noise of 1 for one element in one step, so that a run shows its response to each draw."""
 
+    def __init__(self, draws: int = 1) -> None:
+        self.draws = draws
+
     def normal(self, shape: Sequence[int], step: int = -1, draw: int = 0) -> Tensor:
         noise = torch.zeros(1, *shape, dtype=torch.float64)
-        noise[..., step + 2] = 1
+        noise[..., 2 + self.draws * step + draw] = 1
         return noise
 
 
@@ -48,9 +65,10 @@ def moments(sampler: Callable[..., Tensor], sigmas: Tensor) -> tuple[float, floa
     The denoiser is affine, so the result is a * x + b + sum_i c_i * noise_i; one run in which
     each element is moved by one of these reads them all.
     """
-    x = torch.zeros(1, 1, 1, len(sigmas) + 1, dtype=torch.float64)
+    draws = 2  # at most, in a step
+    x = torch.zeros(1, 1, 1, 2 + draws * (len(sigmas) - 1), dtype=torch.float64)
     x[..., 1] = 1
-    result = sampler(gaussian, x, sigmas, UnitNoise()).flatten() * (1 + sigmas[-1] ** 2).sqrt()
+    result = sampler(gaussian, x, sigmas, UnitNoise(draws)).flatten() * (1 + sigmas[-1] ** 2).sqrt()
     offset = result[0]
     slope, noise = result[1] - offset, result[2:] - offset
     mean = slope * MEAN + offset
@@ -76,12 +94,21 @@ def slopes(errors: Sequence[float]) -> list[float]:
 
 # the shortening of the last step in small runs is not what an order is about
 dpmpp_2m_plain = partial(dpmpp_2m, lower_order_final=False)
+lms_of_two, unipc_of_one = partial(lms, max_order=2), partial(unipc, max_order=1)
 ORDERS = [
     ("euler", euler, 1, (even_in_sigma, even_in_log_sigma, even_in_root)),
     ("ddpm", partial(euler, eta=1.0), 1, (even_in_log_sigma, even_in_root)),
     ("heun", heun, 2, (even_in_sigma, even_in_log_sigma, even_in_root)),
     ("plms", plms, 2, (even_in_log_sigma, even_in_root)),
     ("plms", plms, 4, (even_in_sigma,)),
+    ("dpm2", dpm2, 2, (even_in_log_sigma, even_in_root)),
+    ("dpm2_ancestral", partial(dpm2, eta=1.0), 2, (even_in_log_sigma, even_in_root)),
+    ("dpmpp_sde", dpmpp_sde, 1, (even_in_log_sigma, even_in_root)),
+    # with more terms they are of second order too, by their first step, but show it only in runs
+    # of thousands of steps: before that the other steps' smaller errors are all there is
+    ("lms", lms_of_two, 2, (even_in_log_sigma, even_in_root)),
+    ("lms", lms, 4, (even_in_sigma,)),
+    ("unipc", unipc_of_one, 2, (even_in_log_sigma, even_in_root)),
     ("plms of velocities", partial(plms, multistep="v_prediction"), 1, (even_in_log_sigma,)),
     # they extrapolate in log sigma, so its steps must not grow without bound as they do to 0
     ("dpmpp_2m", dpmpp_2m_plain, 2, (even_in_log_sigma, even_in_root)),
@@ -112,7 +139,16 @@ def test_variance_of_gaussian_data_converges_at_the_stated_order(
 
 
 @pytest.mark.parametrize(
-    ("sampler", "order"), [(euler, 1), (heun, 2), (plms, 2), (dpmpp_2m_plain, 2)]
+    ("sampler", "order"),
+    [
+        (euler, 1),
+        (heun, 2),
+        (plms, 2),
+        (dpmpp_2m_plain, 2),
+        (dpm2, 2),
+        (lms_of_two, 2),
+        (unipc_of_one, 2),
+    ],
 )
 def test_order_holds_where_the_denoiser_is_not_linear(
     sampler: Callable[..., Tensor], order: int
@@ -132,13 +168,13 @@ def test_stated_orders_are_the_registered_ones() -> None:
     for name, _, order, _ in ORDERS:
         measured.setdefault(name, order)
     same = {"ddim": "euler", "euler_ancestral": "ddpm"}
-    for name, info in SAMPLERS.items():
-        assert info.order == measured[same.get(name, name)], name
+    for name in FOR_ANY_NETWORK:
+        assert SAMPLERS[name].order == measured[same.get(name, name)], name
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", FOR_ANY_NETWORK)
 def test_gaussian_data_are_drawn_from_noise(name: str, prediction: str, spacing: str) -> None:
     """The whole way: keyed noise, start, schedule, exact network, denoiser, sampler."""
     schedule = NoiseSchedule(
@@ -171,6 +207,22 @@ def test_gaussian_data_are_drawn_from_noise(name: str, prediction: str, spacing:
     variance_error = VARIANCE * (0.04 + 4 * math.sqrt(2 / count)) + shrink**2
     assert abs(drawn.mean().item() - MEAN) <= mean_error
     assert abs(drawn.var().item() - VARIANCE) <= variance_error
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_consistency_sampling_of_a_consistency_function(steps: int) -> None:
+    """With the exact end of each path, any number of steps gives the data's own variance."""
+
+    def end_of_path(x: Tensor, sigma: Tensor) -> Tensor:
+        shrink = (VARIANCE / (VARIANCE + sigma.view(-1, 1, 1, 1) ** 2)).sqrt()
+        return MEAN + shrink * (x - MEAN)
+
+    def sampler(_: Callable[..., Tensor], *arguments: object) -> Tensor:
+        return consistency(end_of_path, *arguments)
+
+    mean, variance = moments(sampler, even_in_sigma(steps))
+    assert mean == pytest.approx(MEAN)
+    assert variance == pytest.approx(VARIANCE)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -227,7 +279,7 @@ def test_first_order_solvers_are_one() -> None:
     torch.testing.assert_close(dpmpp_2m(mixture, x, sigmas, UnitNoise()), expected)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_last_step_of_no_length_is_no_step(name: str, spacing: str) -> None:
     """A schedule that ends at its first level, walked by a grid that has that level already."""
@@ -271,11 +323,12 @@ def test_calls_callbacks_and_noise_are_as_registered(name: str, steps: int) -> N
     x = torch.ones(2, 3, 4, 4, dtype=torch.bfloat16)
     result = info.function(denoise, x, sigmas, Counting(), callback=callback)
     assert result.dtype == torch.float32
-    extra = {"plms": 1 if steps > 1 else 0, "heun": -1}.get(name, 0)
+    extra = {"plms": 1 if steps > 1 else 0}.get(name, 1 - info.calls_per_step)
     assert len(calls) == info.calls_per_step * steps + extra
     assert reports == [(step, steps) for step in range(steps)]
     # the step to 0 adds none
-    assert draws == (list(range(steps - 1)) if info.stochastic else [])
+    each = 2 if name == "dpmpp_sde" else 1
+    assert draws == ([k for k in range(steps - 1) for _ in range(each)] if info.stochastic else [])
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -306,7 +359,16 @@ def test_registered_options_are_those_of_the_function(name: str) -> None:
 
 
 def test_deterministic_samplers_need_no_noise() -> None:
-    assert sorted(DETERMINISTIC) == ["ddim", "dpmpp_2m", "euler", "heun", "plms"]
+    assert sorted(DETERMINISTIC) == [
+        "ddim",
+        "dpm2",
+        "dpmpp_2m",
+        "euler",
+        "heun",
+        "lms",
+        "plms",
+        "unipc",
+    ]
 
 
 def test_unknown_sampler_lists_those_there_are() -> None:

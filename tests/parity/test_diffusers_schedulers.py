@@ -20,7 +20,12 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -30,7 +35,10 @@ from mezzotint.diffusion.schedule import Grid, NoiseSchedule, ScheduleConfig
 from mezzotint.rng import SampleNoise
 
 # numpy says so of a torch tensor that diffusers gives to np.array
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 TOLERANCE = 1e-4
 SHAPE = (3, 6, 5)
@@ -38,6 +46,9 @@ RNG = SampleNoise([3, 4])
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLAT = ("leading", "trailing", "linspace")
 ALL = (*FLAT, "karras")
+# The times of "exponential" are fractions, which their DPM and UniPC solvers cut off, and those of
+# "karras" too, which DPM2 rounds in the first half of a step alone: there is nothing to compare.
+K_ALL, DPM2_ALL = (*ALL, "exponential"), (*FLAT, "exponential")
 
 
 def network(x: Tensor, t: Tensor, cond: None) -> Tensor:
@@ -89,7 +100,7 @@ CASES = (
         options=(("eta", 0.5),),
         label="ends-above-0-eta0.5",
     ),
-    Case("euler", EulerDiscreteScheduler, ALL, EVERY, variance_exploding=True),
+    Case("euler", EulerDiscreteScheduler, K_ALL, EVERY, variance_exploding=True),
     Case(
         "euler_ancestral",
         EulerAncestralDiscreteScheduler,
@@ -114,7 +125,29 @@ CASES = (
         label="ends-above-0",
     ),
     Case(
-        "heun", HeunDiscreteScheduler, ALL, (*EPS_V, "sample"), variance_exploding=True, theirs=CLIP
+        "heun",
+        HeunDiscreteScheduler,
+        K_ALL,
+        (*EPS_V, "sample"),
+        variance_exploding=True,
+        theirs=CLIP,
+    ),
+    Case("dpm2", KDPM2DiscreteScheduler, DPM2_ALL, EPS_V, variance_exploding=True),
+    Case(
+        "dpm2_ancestral", KDPM2AncestralDiscreteScheduler, DPM2_ALL, EPS_V, variance_exploding=True
+    ),
+    Case("lms", LMSDiscreteScheduler, K_ALL, (*EPS_V, "sample"), variance_exploding=True),
+    *(
+        Case(
+            "unipc",
+            UniPCMultistepScheduler,
+            ALL,
+            EVERY,
+            theirs=(("solver_order", order),),
+            options=(("max_order", order),),
+            label=f"order-{order}",
+        )
+        for order in (1, 2, 3)
     ),
     Case("dpmpp_2m", DPMSolverMultistepScheduler, ALL, EVERY),
     Case("dpmpp_2m_sde", DPMSolverMultistepScheduler, ALL, EVERY, theirs=SDE),
@@ -154,9 +187,9 @@ def combinations() -> Iterator[Any]:
 def make_theirs(case: Case, spacing: str, prediction: str) -> Any:
     settings: dict[str, Any] = {**BETAS, **dict(case.theirs), "steps_offset": 1}
     settings["prediction_type"] = prediction.replace("v_zero_snr", "v_prediction")
-    settings["timestep_spacing"] = "linspace" if spacing == "karras" else spacing
-    if spacing == "karras":
-        settings["use_karras_sigmas"] = True
+    settings["timestep_spacing"] = spacing if spacing in FLAT else "linspace"
+    if spacing not in FLAT:
+        settings[f"use_{spacing}_sigmas"] = True
     if prediction == "v_zero_snr":
         settings["rescale_betas_zero_snr"] = True
     scheduler = case.scheduler(**settings)
@@ -189,15 +222,16 @@ def run_theirs(
     times = scheduler.timesteps
     samples: list[Tensor] = []
     for call, t in enumerate(times):
-        # PNDM calls twice in the first step, Heun twice in all but the last
-        step = {"plms": max(call - 1, 0), "heun": call // 2}.get(case.name, call)
+        # PNDM calls twice in the first step, Heun and DPM2 twice in all but the last
+        halves = SAMPLERS[case.name].calls_per_step == 2
+        step = max(call - 1, 0) if case.name == "plms" else call // 2 if halves else call
         feed(step)
         if case.name in ("ddim", "plms") and scheduler.config.timestep_spacing == "linspace":
             aim_at_next(scheduler, steps, step)
         output = network(scheduler.scale_model_input(x, t), t.float().expand(2), None)
         x = scheduler.step(output, t, x, **dict(case.step)).prev_sample
-        whole = {"plms": call != 0, "heun": call % 2 == 1 or call == len(times) - 1}
-        if whole.get(case.name, True):
+        half = call == 0 if case.name == "plms" else halves and call % 2 == 0
+        if not half or call == len(times) - 1:
             samples.append(x)
     return samples
 
@@ -252,7 +286,9 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         assert tuple(shape[1:]) == SHAPE
         return RNG.normal(SHAPE, now[0])
 
-    for module in ("ddpm", "ddim", "euler_ancestral_discrete", "dpmsolver_multistep"):
+    modules = ["ddpm", "ddim", "euler_ancestral_discrete", "dpmsolver_multistep"]
+    modules += ["k_dpm_2_ancestral_discrete", "lcm"]
+    for module in modules:
         monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", noise)
     return lambda step: now.__setitem__(0, step)
 
@@ -274,10 +310,30 @@ def test_every_step_is_that_of_diffusers(
     if case.variance_exploding:
         theirs = [x / math.sqrt(1 + sigma**2) for x, sigma in zip(theirs, sigmas[1:], strict=True)]
     # their DPM solvers tell the network whole times though Karras noise levels lie between
-    ours = run_ours(case, schedule, sigmas, whole_times=case.name.startswith("dpmpp"))
+    whole_times = case.name.startswith("dpmpp") or case.name == "unipc"
+    ours = run_ours(case, schedule, sigmas, whole_times=whole_times)
     assert len(ours) == len(theirs) == steps
     errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert max(errors) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("prediction", EPS_V)
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_lcm_is_that_of_diffusers(steps: int, prediction: str, feed: Callable[[int], None]) -> None:
+    """Theirs skips between the image and its input at times near 0, where ours never stands."""
+    settings = {"prediction_type": prediction, "steps_offset": 1, "clip_sample": False}
+    theirs = LCMScheduler(**BETAS, **settings)
+    theirs.set_timesteps(steps)
+    schedule = NoiseSchedule(ScheduleConfig(prediction_type=prediction))
+    sigmas = torch.cat([schedule.t_to_sigma(theirs.timesteps), torch.zeros(1)]).float()
+    x = start(schedule, sigmas) / math.sqrt(1 + sigmas[0] ** 2)
+    case = Case("lcm", LCMScheduler, FLAT, EPS_V)
+    ours = run_ours(case, schedule, sigmas, whole_times=False)
+    for step, t in enumerate(theirs.timesteps):
+        feed(step)
+        output = network(x, t.float().expand(2), None)
+        x = theirs.step(output, t, x).prev_sample
+        assert relative_error(ours[step], x) <= TOLERANCE, step
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -32,9 +32,11 @@ def sample(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Image k is drawn from seed + k.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, euler, dpmpp_2m, …")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, euler, dpmpp_2m, …, or 'Euler a'")
+    ] = None,
     spacing: Annotated[
-        str | None, typer.Option(help="leading, trailing, linspace or karras.")
+        str | None, typer.Option(help="trailing, leading, linspace, karras, …")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
     eta: Annotated[

@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mezzotint.diffusion.single_step import (
@@ -17,7 +18,7 @@ from mezzotint.diffusion.single_step import (
     report,
 )
 
-__all__ = ["dpmpp_2m", "plms"]
+__all__ = ["dpmpp_2m", "lms", "plms", "unipc"]
 
 _ADAMS_BASHFORTH = (
     (1.0,),
@@ -139,3 +140,143 @@ def dpmpp_2m(
             previous = denoised, -math.log(ratio)
         report(callback, i, levels, x, denoised)
     return finish(x, levels)
+
+
+def lms(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    rng: NoiseSource,
+    *,
+    max_order: int = 4,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Linear multistep: the slopes of the last steps, as a polynomial in sigma, integrated.
+
+    The method of Adams and Bashforth for uneven steps, on the probability flow equation ``dx /
+    dsigma = (x - D) / sigma`` (Karras et al., arXiv 2206.00364, equation 1). It is begun with fewer
+    slopes, and so of second order.
+
+    Args:
+        denoise: ``(x, sigma (B,)) -> x0``.
+        x: ``(B, C, H, W)`` state at ``sigmas[0]``.
+        sigmas: ``(steps + 1,)`` falling noise levels.
+        rng: Unused; the method is deterministic.
+        max_order: How many slopes are combined, from 1 to 4.
+        callback: Told of every step.
+
+    Returns:
+        ``(B, C, H, W)`` the image at the last noise level, variance-preserving.
+    """
+    x, levels = begin(x, sigmas)
+    past: list[tuple[float, Tensor]] = []  # levels and slopes, the newest first
+    for i, (sigma, following) in enumerate(pairs(levels)):
+        denoised = denoise(x, batch_sigma(x, sigma))
+        if following < sigma:  # a step of no length would put two nodes at one place
+            past = [(sigma, (x - denoised) / sigma), *past[: max_order - 1]]
+            nodes = [level for level, _ in past]
+            for k, (_, slope) in enumerate(past):
+                x = x + _integral_of_basis(nodes, k, sigma, following) * slope
+        report(callback, i, levels, x, denoised)
+    return finish(x, levels)
+
+
+def _integral_of_basis(nodes: list[float], k: int, start: float, end: float) -> float:
+    """Integrate Lagrange's polynomial that is 1 at node k and 0 at the others.
+
+    Gauss's rule of two points is exact up to the third degree, that of four nodes.
+    """
+    middle, half = (start + end) / 2, (end - start) / 2
+
+    def basis(at: float) -> float:
+        others = [node for j, node in enumerate(nodes) if j != k]
+        return math.prod((at - node) / (nodes[k] - node) for node in others)
+
+    return half * sum(basis(middle + side * half / math.sqrt(3)) for side in (-1, 1))
+
+
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    rng: NoiseSource,
+    *,
+    max_order: int = 2,
+    callback: Callback | None = None,
+) -> Tensor:
+    """UniPC, a predictor and a corrector that share their network calls (arXiv 2302.04867).
+
+    Algorithms 5 and 6 of Zhao et al. for networks that predict the image, with B(h) = exp(h) - 1.
+    The estimate that the next step needs anyway corrects the state that it was made at; the
+    corrected state has no estimate of its own. The first steps, and the last, are of lower order.
+
+    Args:
+        denoise: ``(x, sigma (B,)) -> x0``.
+        x: ``(B, C, H, W)`` state at ``sigmas[0]``.
+        sigmas: ``(steps + 1,)`` falling noise levels.
+        rng: Unused; the method is deterministic.
+        max_order: Of the predictor: how many estimates it combines, from 1 to 3.
+        callback: Told of every step, with the state before its correction.
+
+    Returns:
+        ``(B, C, H, W)`` the image at the last noise level, variance-preserving.
+    """
+    x, levels = begin(x, sigmas)
+    steps = len(levels) - 1
+    past: list[tuple[float, Tensor]] = []  # levels and estimates, the newest first
+    before, order = x, 0  # the state before the last step, and the order of that
+    for i, (sigma, following) in enumerate(pairs(levels)):
+        denoised = denoise(x, batch_sigma(x, sigma))
+        if past and following < sigma < past[0][0]:
+            x = _unified_step(before, [(sigma, denoised), *past[:order]], sigma, corrects=True)
+        past = [(sigma, denoised), *past[: max_order - 1]]
+        before, order = x, min(len(past), steps - i)
+        x = _unified_step(x, past[:order], following, corrects=False)
+        report(callback, i, levels, x, denoised)
+    return finish(x, levels)
+
+
+def _unified_step(
+    x: Tensor, estimates: list[tuple[float, Tensor]], following: float, *, corrects: bool
+) -> Tensor:
+    """Step to a level by estimates at others, one of them at that level itself if it corrects.
+
+    The estimates are the values of a polynomial in log sigma; its integral against the exponential
+    kernel gives each its weight.
+    """
+    if corrects:
+        ahead, (sigma, base), *others = estimates
+        others = [*others, ahead]
+    else:
+        (sigma, base), *others = estimates
+    ratio = following / sigma
+    plain = ratio * x + (1 - ratio) * base
+    if following == 0 or ratio == 1 or not others:
+        return plain
+    h = -math.log(ratio)
+    places = [math.log(sigma / level) / h for level, _ in others]  # 1 at the level ahead
+    weights = _unified_weights(places, h) if len(places) > 1 else [0.5]
+    change = sum(
+        (
+            (weight / place) * (estimate - base)
+            for weight, place, (_, estimate) in zip(weights, places, others, strict=True)
+        ),
+        x.new_zeros(()),
+    )
+    return plain + (1 - ratio) * change
+
+
+def _unified_weights(places: list[float], h: float) -> list[float]:
+    """Solve ``sum_k weight_k * place_k**(n - 1) = n! phi_(n + 1)(-h) / B(h)`` for n = 1, 2, …."""
+    phi = math.expm1(-h)  # B(h), with the sign that cancels
+    right: list[float] = []
+    term, factorial = phi / -h - 1.0, 1.0
+    for n in range(1, len(places) + 1):
+        right.append(term * factorial / phi)
+        factorial *= n + 1
+        term = term / -h - 1.0 / factorial
+    rows = [[place**n for place in places] for n in range(len(places))]
+    solved: list[float] = torch.linalg.solve(
+        torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+    ).tolist()
+    return solved

@@ -12,9 +12,18 @@ from functools import partial
 
 from torch import Tensor
 
-from mezzotint.diffusion.multistep import dpmpp_2m, plms
+from mezzotint.diffusion.multistep import dpmpp_2m, lms, plms, unipc
 from mezzotint.diffusion.schedule import Grid, NoiseSchedule, Spacing
-from mezzotint.diffusion.single_step import Callback, Denoise, NoiseSource, euler, heun
+from mezzotint.diffusion.single_step import (
+    Callback,
+    Denoise,
+    NoiseSource,
+    consistency,
+    dpm2,
+    dpmpp_sde,
+    euler,
+    heun,
+)
 from mezzotint.errors import RequestError, nearest
 
 __all__ = [
@@ -23,11 +32,16 @@ __all__ = [
     "Denoise",
     "NoiseSource",
     "SamplerInfo",
+    "consistency",
+    "dpm2",
     "dpmpp_2m",
+    "dpmpp_sde",
     "euler",
     "get_sampler",
     "heun",
+    "lms",
     "plms",
+    "unipc",
 ]
 
 
@@ -44,9 +58,10 @@ class SamplerInfo:
         options: Names of the options that can be given.
         grid: Conventions of its noise levels.
         default_spacing: The spacing used when a request names none.
-        calls_per_step: Network calls per step (``plms`` makes one more in the first, ``heun``
-            one fewer in the last).
+        calls_per_step: Network calls per step (``plms`` makes one more in the first; those that
+            make two make one in the last, if it ends at 0).
         stochastic: Whether it draws noise on the way unless an option says otherwise.
+        distilled: Whether it is for networks alone that were distilled for it.
     """
 
     name: str
@@ -58,6 +73,7 @@ class SamplerInfo:
     default_spacing: Spacing = "trailing"
     calls_per_step: int = 1
     stochastic: bool = False
+    distilled: bool = False
 
     def sigmas(self, schedule: NoiseSchedule, steps: int, spacing: Spacing | None = None) -> Tensor:
         """Return the noise levels ``(steps + 1,)`` that this sampler visits.
@@ -136,6 +152,60 @@ SAMPLERS: dict[str, SamplerInfo] = {
             order=2,
             stochastic=True,
             description="DPM-Solver++ of second order with fresh noise at each step",
+        ),
+        SamplerInfo(
+            name="dpmpp_sde",
+            function=dpmpp_sde,
+            options=("eta",),
+            grid=_K_GRID,
+            order=1,
+            calls_per_step=2,
+            stochastic=True,
+            description="DPM-Solver++ of single steps with fresh noise: two network calls a step",
+        ),
+        SamplerInfo(
+            name="dpm2",
+            function=partial(dpm2, eta=0.0),
+            grid=_K_GRID,
+            order=2,
+            calls_per_step=2,
+            description="DPM-Solver-2, the midpoint method: two network calls a step",
+        ),
+        SamplerInfo(
+            name="dpm2_ancestral",
+            function=partial(dpm2, eta=1.0),
+            options=("eta",),
+            grid=_K_GRID,
+            order=2,
+            calls_per_step=2,
+            stochastic=True,
+            description="The midpoint method with fresh noise at each step",
+        ),
+        SamplerInfo(
+            name="lms",
+            function=lms,
+            options=("max_order",),
+            grid=_K_GRID,
+            order=2,
+            description="Linear multistep: up to four slopes combined",
+        ),
+        SamplerInfo(
+            name="unipc",
+            function=unipc,
+            options=("max_order",),
+            grid=_DPM_GRID,
+            order=2,
+            description="UniPC: a predictor and a corrector for one network call a step",
+        ),
+        SamplerInfo(
+            name="lcm",
+            function=consistency,
+            options=("eta",),
+            grid=Grid(to_zero=True),
+            order=1,
+            stochastic=True,
+            distilled=True,
+            description="Consistency sampling, for models that were distilled for few steps",
         ),
     )
 }

@@ -8,7 +8,7 @@ with ``sigma**2 = (1 - alphas_cumprod) / alphas_cumprod``, so ``x_vp = x / sqrt(
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -17,12 +17,19 @@ from torch import Tensor
 from mezzotint.config import Config
 from mezzotint.errors import RequestError, nearest
 
-__all__ = ["Grid", "NoiseSchedule", "PredictionType", "ScheduleConfig", "Spacing"]
+__all__ = [
+    "SPACINGS",
+    "Grid",
+    "NoiseSchedule",
+    "PredictionType",
+    "ScheduleConfig",
+    "Spacing",
+]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-Spacing = Literal["leading", "trailing", "linspace", "karras"]
+Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "sgm_uniform"]
 
-SPACINGS = ("leading", "trailing", "linspace", "karras")
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 MAX_SIGMA = 4096.0  # stands for zero terminal SNR: alphas_cumprod = 2**-24, finite in float32
 _SNAP = 1e-3  # times nearer than this to a whole one are that one: float32 sigmas lose no more
 
@@ -191,7 +198,9 @@ class NoiseSchedule:
 
         ``leading``, ``trailing`` and ``linspace`` are those of table 2 of Lin et al.
         (arXiv 2305.08891); ``karras`` is equation 5 of Karras et al. (arXiv 2206.00364), rho = 7,
-        between the schedule's first and last sigma.
+        between the schedule's first and last sigma; ``exponential`` is even in log sigma between
+        them. ``sgm_uniform``, so called by the web UIs, is even in time, laid for one step more
+        without its lowest time.
 
         Args:
             steps: Number of steps, from 1 to the number of training times.
@@ -214,6 +223,13 @@ class NoiseSchedule:
         if spacing == "karras":
             first, last = (self.sigmas[i].item() ** (1 / 7) for i in (-1, 0))
             sigmas = torch.linspace(first, last, steps, dtype=torch.float64) ** 7
+        elif spacing == "exponential":
+            first, last = (math.log(self.sigmas[i].item()) for i in (-1, 0))
+            sigmas = torch.linspace(first, last, steps, dtype=torch.float64).exp()
+        elif spacing == "sgm_uniform":
+            last_time = self.num_train_timesteps - 1
+            sigmas = self.t_to_sigma(torch.linspace(last_time, 0, steps + 1, dtype=torch.float64))
+            sigmas = sigmas[:-1]
         else:
             times = self._times(steps, spacing, grid)
             low, high = times.floor().long(), times.ceil().long()

@@ -7,7 +7,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Callback", "Denoise", "NoiseSource", "euler", "heun"]
+__all__ = [
+    "Callback",
+    "Denoise",
+    "NoiseSource",
+    "consistency",
+    "dpm2",
+    "dpmpp_sde",
+    "euler",
+    "heun",
+]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """``denoise(x (B,C,H,W), sigma (B,)) -> x0``: a denoiser with its condition filled in."""
@@ -38,8 +47,8 @@ def batch_sigma(x: Tensor, sigma: float) -> Tensor:
     return x.new_full((x.shape[0],), sigma)
 
 
-def draw(rng: NoiseSource, x: Tensor, step: int) -> Tensor:
-    return rng.normal(x.shape[1:], step).to(x)
+def draw(rng: NoiseSource, x: Tensor, step: int, number: int = 0) -> Tensor:
+    return rng.normal(x.shape[1:], step, number).to(x)
 
 
 def report(
@@ -51,6 +60,12 @@ def report(
 
 def finish(x: Tensor, levels: list[float]) -> Tensor:
     return x / math.sqrt(1 + levels[-1] ** 2)
+
+
+def down_and_up(sigma: float, following: float, eta: float) -> tuple[float, float]:
+    """Split a step into one down to ``sigma_down`` and noise of ``sigma_up``; see `euler`."""
+    up = eta * following * math.sqrt(1 - (following / sigma) ** 2)
+    return math.sqrt(following**2 - up**2), up
 
 
 def euler(
@@ -94,8 +109,7 @@ def euler(
     x, levels = begin(x, sigmas)
     for i, (sigma, following) in enumerate(pairs(levels)):
         denoised = denoise(x, batch_sigma(x, sigma))
-        up = eta * following * math.sqrt(1 - (following / sigma) ** 2)
-        down = math.sqrt(following**2 - up**2)
+        down, up = down_and_up(sigma, following, eta)
         x = denoised + (down / sigma) * (x - denoised)
         if up > 0:
             x = x + up * draw(rng, x, i)
@@ -136,5 +150,132 @@ def heun(
             slope_ahead = (ahead - denoised) / following
             ahead = x + (following - sigma) * (slope + slope_ahead) / 2
         x = ahead
+        report(callback, i, levels, x, denoised)
+    return finish(x, levels)
+
+
+def dpm2(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    rng: NoiseSource,
+    *,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The midpoint method, as DPM-Solver-2 takes it (Lu et al., arXiv 2206.00927, algorithm 1).
+
+    The slope that a step follows is that at the level halfway in log sigma. Each step calls the
+    network twice; one to 0, where there is no halfway, is Euler's.
+
+    Args:
+        denoise: ``(x, sigma (B,)) -> x0``.
+        x: ``(B, C, H, W)`` state at ``sigmas[0]``.
+        sigmas: ``(steps + 1,)`` falling noise levels.
+        rng: Noise for ``eta`` above 0.
+        eta: 0 is deterministic, 1 is ancestral, with the split of `euler`.
+        callback: Told of every step, not of its halves.
+
+    Returns:
+        ``(B, C, H, W)`` the image at the last noise level, variance-preserving.
+    """
+    x, levels = begin(x, sigmas)
+    for i, (sigma, following) in enumerate(pairs(levels)):
+        denoised = denoise(x, batch_sigma(x, sigma))
+        down, up = down_and_up(sigma, following, eta)
+        slope = (x - denoised) / sigma
+        if 0 < down < sigma:
+            middle = math.sqrt(sigma * down)
+            halfway = x + (middle - sigma) * slope
+            denoised = denoise(halfway, batch_sigma(x, middle))
+            slope = (halfway - denoised) / middle
+        x = x + (down - sigma) * slope
+        if up > 0:
+            x = x + up * draw(rng, x, i)
+        report(callback, i, levels, x, denoised)
+    return finish(x, levels)
+
+
+def dpmpp_sde(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    rng: NoiseSource,
+    *,
+    eta: float = 1.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++ of single steps on the reverse SDE (Lu et al., arXiv 2211.01095, algorithm 1).
+
+    A step first goes to the level halfway in log sigma, noise and all, and asks the network there;
+    what that says of the image is then what the whole step moves towards. Twice the calls of
+    `dpmpp_2m` for the same number of steps, and no memory. A step to 0 takes the image as it is
+    estimated.
+
+    Args:
+        denoise: ``(x, sigma (B,)) -> x0``.
+        x: ``(B, C, H, W)`` state at ``sigmas[0]``.
+        sigmas: ``(steps + 1,)`` falling noise levels.
+        rng: Noise, drawn twice a step, for ``eta`` above 0.
+        eta: 0 is deterministic, 1 the reverse SDE.
+        callback: Told of every step, not of its halves.
+
+    Returns:
+        ``(B, C, H, W)`` the image at the last noise level, variance-preserving.
+    """
+    x, levels = begin(x, sigmas)
+
+    def move(x: Tensor, towards: Tensor, sigma: float, following: float, noise: int) -> Tensor:
+        down, up = down_and_up(sigma, following, eta)
+        x = towards + (down / sigma) * (x - towards)
+        return x + up * draw(rng, x, step, noise) if up > 0 else x
+
+    for step, (sigma, following) in enumerate(pairs(levels)):
+        denoised = denoise(x, batch_sigma(x, sigma))
+        if 0 < following < sigma:
+            middle = math.sqrt(sigma * following)
+            halfway = move(x, denoised, sigma, middle, 0)
+            denoised = denoise(halfway, batch_sigma(x, middle))
+        x = move(x, denoised, sigma, following, 1)
+        report(callback, step, levels, x, denoised)
+    return finish(x, levels)
+
+
+def consistency(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    rng: NoiseSource,
+    *,
+    eta: float = 1.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1).
+
+    For networks that are distilled to give the end of the whole path and not the mean of what the
+    image may be, as latent consistency models are (Luo et al., arXiv 2310.04378): each step jumps
+    to the image and back up to the next level with fresh noise, ``x' = D + sigma' * noise``.
+
+    Args:
+        denoise: ``(x, sigma (B,)) -> x0``.
+        x: ``(B, C, H, W)`` state at ``sigmas[0]``.
+        sigmas: ``(steps + 1,)`` falling noise levels.
+        rng: Noise.
+        eta: 1 is all fresh noise; the share ``sqrt(1 - eta**2)`` of it is what was there.
+        callback: Told of every step.
+
+    Returns:
+        ``(B, C, H, W)`` the image at the last noise level, variance-preserving.
+    """
+    x, levels = begin(x, sigmas)
+    for i, (sigma, following) in enumerate(pairs(levels)):
+        denoised = denoise(x, batch_sigma(x, sigma))
+        if following == sigma:  # a step of no length
+            report(callback, i, levels, x, denoised)
+            continue
+        kept = math.sqrt(1 - eta**2) * following / sigma
+        x = denoised + kept * (x - denoised)
+        if eta > 0 and following > 0:
+            x = x + eta * following * draw(rng, x, i)
         report(callback, i, levels, x, denoised)
     return finish(x, levels)

@@ -7,15 +7,18 @@ from typing import Any, cast
 from PIL import Image, PngImagePlugin
 
 from mezzotint.errors import RequestError
+from mezzotint.generation.infotext import write_infotext
 from mezzotint.generation.request import GenerationRequest
 
 __all__ = ["PNG_KEY", "read_request", "write_png"]
 
-PNG_KEY = "mezzotint"
+PNG_KEY, INFOTEXT_KEY = "mezzotint", "parameters"
 
 
 def write_png(image: Image.Image, request: GenerationRequest, path: Path) -> None:
     """Write a picture as PNG with its request as JSON in the text chunk ``mezzotint``.
+
+    What was drawn from a prompt has the text that web UIs read in the chunk ``parameters`` as well.
 
     Args:
         image: The picture.
@@ -27,6 +30,8 @@ def write_png(image: Image.Image, request: GenerationRequest, path: Path) -> Non
     """
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(PNG_KEY, json.dumps(request.to_dict(), ensure_ascii=False))
+    if request.prompt is not None:
+        chunks.add_text(INFOTEXT_KEY, write_infotext(request, image.size))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, format="PNG", pnginfo=chunks)

@@ -97,7 +97,7 @@ class Pipeline:
             seed: Picture k is drawn from ``seed + k`` alone.
             steps: Noise levels to visit.
             sampler: A name of `mezzotint.diffusion.samplers.SAMPLERS`.
-            spacing: ``leading``, ``trailing``, ``linspace`` or ``karras``.
+            spacing: A name of `mezzotint.diffusion.schedule.SPACINGS`.
             guidance_scale: 1 is no guidance.
             guidance_rescale: In [0, 1].
             eta: Fresh noise of the DDIM family.

@@ -1,11 +1,12 @@
 """What to draw, as one value that can be drawn again."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
 from mezzotint.config import Config, Document
+from mezzotint.diffusion.names import find_sampler
 from mezzotint.errors import ConfigError, RequestError, nearest
 
 __all__ = ["GenerationRequest", "Resolved", "Task"]
@@ -69,7 +70,8 @@ class GenerationRequest(Document):
         seed: Image k of the request is drawn from ``seed + k`` alone.
         num_images: How many.
         steps: How many noise levels the sampler visits.
-        sampler: A name of `mezzotint.diffusion.samplers.SAMPLERS`.
+        sampler: A name of `mezzotint.diffusion.samplers.SAMPLERS`, or one of other software's that
+            `mezzotint.diffusion.names` knows; it is kept under ours.
         spacing: How the noise levels are spaced; ``None`` is the sampler's default.
         guidance_scale: s of classifier-free guidance (arXiv 2207.12598, with s = 1 + w): 1 is no
             guidance.
@@ -90,7 +92,10 @@ class GenerationRequest(Document):
     num_images: Count = 1
     steps: Count = 25
     sampler: str = "ddim"
-    spacing: Literal["leading", "trailing", "linspace", "karras"] | None = None
+    # `mezzotint.diffusion.schedule.Spacing` again, which would import torch
+    spacing: (
+        Literal["leading", "trailing", "linspace", "karras", "exponential", "sgm_uniform"] | None
+    ) = None
     guidance_scale: Finite = 3.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     eta: Finite | None = None
@@ -98,6 +103,20 @@ class GenerationRequest(Document):
     height: Annotated[int, Field(ge=1, le=16384)] | None = None
     model: str | None = None
     resolved: Resolved | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_names(cls, data: Any) -> Any:
+        """Let ``sampler`` be what other software calls it, ``DPM++ 2M Karras`` for example."""
+        fields = cast(dict[str, Any], data) if isinstance(data, dict) else {}
+        named = fields.get("sampler")
+        known = find_sampler(named) if isinstance(named, str) else None
+        if known is None:
+            return data
+        sampler, spacing = known
+        if spacing is not None and fields.get("spacing") is None:
+            fields = fields | {"spacing": spacing}
+        return fields | {"sampler": sampler}
 
     @field_validator("sampler")
     @classmethod

@@ -33,6 +33,7 @@ __all__ = ["Bench", "Key", "MeasuredPoint", "SamplingStudy"]
 Key = tuple[str, int, float]
 """Sampler, number of steps and guidance scale of a point."""
 
+_DEFAULT_SAMPLERS = tuple(name for name, info in SAMPLERS.items() if not info.distilled)
 _NETWORK = "mobilenet-v2"
 _LEAST = 4  # pictures that precision and recall can be had from
 _SHOWN = 4  # pictures of each point that are kept to be looked at
@@ -63,7 +64,7 @@ class SamplingStudy(Document):
     data: str | DataConfig
     samples: Annotated[int, Field(ge=_LEAST)] = 192
     seed: Annotated[int, Field(ge=0)] = 0
-    samplers: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(SAMPLERS)
+    samplers: Annotated[tuple[str, ...], Field(min_length=1)] = _DEFAULT_SAMPLERS
     steps: Annotated[tuple[Count, ...], Field(min_length=1)] = (2, 5, 10, 20, 50)
     guidance_scale: Scale = 3.0
     scales: tuple[Scale, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
