@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.layouts import config_to_layout, layout_to_config
+from mezzotint.checkpoints.tensors import find_weights, open_tensors
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError
-from mezzotint.models.weights import read_state_dict
 
 __all__ = [
     "load_component",
@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 # the projections of plain attention blocks in folders of before 2023
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -61,7 +62,8 @@ def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.M
     """Read a component folder.
 
     Args:
-        folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+        folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, or a variant of
+            it that `mezzotint.checkpoints.tensors.find_weights` finds.
         dtype: Of the weights in memory; float32 if not given, whatever they are on disk.
 
     Returns:
@@ -73,11 +75,9 @@ def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.M
     """
     folder = Path(folder)
     layout, config = layout_to_config(read_component_config(folder), str(folder / CONFIG))
-    path = folder / WEIGHTS
-    if not path.is_file():
-        others = sorted(p.name for p in folder.glob("*.safetensors")) or ["no safetensors file"]
-        raise CheckpointError(f"{path}: no such file; there is {', '.join(others)}")
-    tensors = {_modern(k): v.to(dtype or torch.float32) for k, v in read_state_dict(path).items()}
+    path = find_weights(folder, STEM)
+    read = open_tensors(path).read(dtype or torch.float32)
+    tensors = {_modern(name): tensor for name, tensor in read.items()}
     with torch.device("meta"):  # no time lost on random weights that are overwritten
         module = layout.build(config)
     load_state_strictly(module, tensors, path)

@@ -1,0 +1,163 @@
+"""Weights in every layout that component folders come in, as diffusers writes them."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL as TheirAutoencoder
+
+from mezzotint.checkpoints.folder import load_component
+from mezzotint.checkpoints.tensors import find_weights, open_tensors
+from mezzotint.errors import CheckpointError
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture(scope="module")
+def theirs() -> TheirAutoencoder:
+    torch.manual_seed(0)
+    return TheirAutoencoder(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+    )
+
+
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "safetensors": ({}, f"{STEM}.safetensors"),
+    "bin": ({"safe_serialization": False}, f"{STEM}.bin"),
+    "fp16": ({"variant": "fp16"}, f"{STEM}.fp16.safetensors"),
+    "fp16-bin": ({"variant": "fp16", "safe_serialization": False}, f"{STEM}.fp16.bin"),
+    "parts": ({"max_shard_size": "200KB"}, f"{STEM}.safetensors.index.json"),
+    "parts-bin": (
+        {"max_shard_size": "200KB", "safe_serialization": False},
+        f"{STEM}.bin.index.json",
+    ),
+    "parts-fp16": (
+        {"max_shard_size": "200KB", "variant": "fp16"},
+        f"{STEM}.safetensors.index.fp16.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_folders_that_diffusers_wrote(
+    tmp_path: Path, theirs: TheirAutoencoder, layout: str
+) -> None:
+    options, name = LAYOUTS[layout]
+    theirs.save_pretrained(tmp_path, **options)
+    assert find_weights(tmp_path, STEM).name == name
+    tensors = open_tensors(tmp_path / name)
+    assert len(tensors.paths) > 1 if "parts" in layout else len(tensors.paths) == 1
+    state = theirs.state_dict()
+    assert {n: i.shape for n, i in tensors.items()} == {n: tuple(t.shape) for n, t in state.items()}
+    read = tensors.read()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    x = torch.rand(1, 3, 16, 16)
+    with torch.inference_mode():
+        ours = load_component(tmp_path)
+        torch.testing.assert_close(ours.decode(ours.encode(x).mean), theirs(x).sample)
+
+
+def test_whole_files_come_before_variants_and_safetensors_before_pickles(tmp_path: Path) -> None:
+    names = [
+        f"{STEM}.safetensors",
+        f"{STEM}.fp16.safetensors",
+        f"{STEM}.bin",
+        f"{STEM}.fp16.bin",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    for name in names:
+        assert find_weights(tmp_path, STEM).name == name
+        (tmp_path / name).unlink()
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"no such file; there is other\.safetensors"):
+        find_weights(tmp_path, STEM)
+
+
+def test_reading_in_another_precision_leaves_whole_numbers(tmp_path: Path) -> None:
+    state = {"w": torch.rand(3), "positions": torch.arange(3)}
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.ckpt"):
+        if path.suffix == ".ckpt":
+            torch.save({"state_dict": state, "global_step": 7}, path)
+        else:
+            safetensors.torch.save_file(state, path, {"format": "pt", "note": "x"})
+        tensors = open_tensors(path)
+        assert tensors["w"].dtype == torch.float32
+        read = tensors.read(torch.bfloat16)
+        assert read["w"].dtype == torch.bfloat16
+        assert read["positions"].tolist() == [0, 1, 2]
+    assert tensors.beside == {"global_step": 7}
+    assert open_tensors(tmp_path / "a.safetensors").metadata == {"format": "pt", "note": "x"}
+
+
+def index(weight_map: object) -> str:
+    return json.dumps({"metadata": {}, "weight_map": weight_map})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no index of weights"),
+        ("[]", "is no index of weights"),
+        (index(["w"]), "is no index of weights"),
+        (index({"w": "../../etc/passwd"}), "refused: '../../etc/passwd' is no file beside it"),
+        (index({"w": "/etc/passwd"}), "refused: '/etc/passwd' is no file beside it"),
+        (index({"w": "a.index.json"}), "refused: 'a.index.json' is no file beside it"),
+        (index({"w": "missing.safetensors"}), "missing.safetensors: no such file"),
+        (index({"x": "part.safetensors"}), "part.safetensors: has no 'x', as a.index.json says"),
+        (index({"w": "part.exe"}), "part.exe: .exe is no format of weights"),
+    ],
+)
+def test_indices_that_lie(tmp_path: Path, content: str, message: str) -> None:
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "part.safetensors")
+    (tmp_path / "part.exe").touch()
+    (tmp_path / "a.index.json").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_tensors(tmp_path / "a.index.json")
+    assert message in str(caught.value)
+
+
+def header(content: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged"),
+        (b"\xff" * 8, "damaged"),
+        (header({"w": ONE}, b"\0" * 4, length=1 << 40), "damaged"),
+        (header({"w": ONE}, b"\0" * 3), "damaged"),
+        (header({"w": ONE | {"shape": [1 << 40]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"data_offsets": [4, 0]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"data_offsets": [0, 1 << 40]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE, "v": ONE}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"dtype": "PY_OBJECT"}}, b"\0" * 4), "damaged"),
+        (header([1, 2]), "damaged"),
+    ],
+)
+def test_damaged_safetensors(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_tensors(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_pickles_without_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    for value in ([torch.ones(1)], {"w": 3}, {"state_dict": {}}, "text"):
+        torch.save(value, path)
+        with pytest.raises(CheckpointError, match="holds no named tensors"):
+            open_tensors(path)

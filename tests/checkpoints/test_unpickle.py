@@ -1,0 +1,506 @@
+"""Files of torch's come out as they went in; hostile ones are refused by name, and run nothing."""
+
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mezzotint.checkpoints.unpickle import StandIn, StoredTensor, read_pickle
+from mezzotint.errors import CheckpointError
+
+FORMS = pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
+
+
+def read_all(value: Any) -> Any:
+    """The same with tensors in place of what is stored."""
+    if isinstance(value, StoredTensor):
+        return value.read()
+    if isinstance(value, dict):
+        return {key: read_all(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(read_all(item) for item in value)
+    return value
+
+
+@FORMS
+def test_tensors_of_every_kind(tmp_path: Path, archive: bool) -> None:
+    torch.manual_seed(0)
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
+    kinds += [torch.int16, torch.int8, torch.uint8, torch.bool]
+    state: dict[str, Any] = {str(kind): (torch.rand(3, 5) * 9).to(kind) for kind in kinds}
+    base = torch.arange(24.0).view(4, 6)
+    state |= {
+        "transposed": base.t(),
+        "row": base[2],
+        "strided": base[::2, 1::3],
+        "expanded": torch.zeros(2, 0, 3),
+        "scalar": torch.tensor(7),
+        "parameter": torch.nn.Parameter(torch.rand(2)),
+    }
+    path = tmp_path / "a.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=archive)
+    found = read_pickle(path)
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(found[name].read(), tensor.detach()), name
+
+
+@FORMS
+def test_containers_and_values(tmp_path: Path, archive: bool) -> None:
+    value = {
+        "epoch": 3,
+        "loss": np.float64(0.25),
+        "count": np.int64(1 << 40),
+        "name": "sd",
+        "flags": [True, None, 1.5, b"bytes", (1, 2), {3}],
+        "size": torch.Size([2, 3]),
+        "device": torch.device("cpu"),
+        "ordered": OrderedDict(a=torch.ones(2)),
+        "path": Path("/tmp/x"),
+    }
+    path = tmp_path / "a.ckpt"
+    torch.save(value, path, _use_new_zipfile_serialization=archive)
+    found = read_all(read_pickle(path))
+    assert torch.equal(found["ordered"].pop("a"), torch.ones(2))
+    expected = value | {"size": (2, 3), "device": "cpu", "path": "/tmp/x", "ordered": {}}
+    assert found == expected
+    assert type(found["loss"]) is float and type(found["count"]) is int
+
+
+def test_a_module_state_dict_equals_what_torch_reads(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)), path)
+    with pytest.raises(CheckpointError, match=r"refused: it names torch\.nn\.modules\.container"):
+        read_pickle(path)
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+    torch.save(network.state_dict(), path)
+    known = torch.load(path, weights_only=True)
+    found = read_pickle(path)
+    assert list(found) == list(known)
+    assert all(torch.equal(found[name].read(), known[name]) for name in known)
+
+
+@pytest.fixture
+def lightning(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, type]]:
+    """Classes where Lightning keeps its own, which is not installed here."""
+    made: dict[str, type] = {}
+    for full in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+        "omegaconf.listconfig.ListConfig",
+    ):
+        module, _, name = full.rpartition(".")
+        parents = module.split(".")
+        for depth in range(1, len(parents) + 1):
+            place = ".".join(parents[:depth])
+            monkeypatch.setitem(sys.modules, place, types.ModuleType(place))
+        base = dict if name == "AttributeDict" else object
+        made[name] = type(name, (base,), {"__module__": module})
+        setattr(sys.modules[module], name, made[name])
+    return made
+
+
+@FORMS
+def test_what_lightning_leaves_in_a_checkpoint_is_inert(
+    tmp_path: Path, lightning: dict[str, type], archive: bool
+) -> None:
+    settings = lightning["ListConfig"]()
+    settings.__dict__ = {"content": [1, 2]}
+    value = {
+        "state_dict": OrderedDict(w=torch.arange(3)),
+        "callbacks": {lightning["ModelCheckpoint"]: {"best_model_score": torch.tensor(0.5)}},
+        "hyper_parameters": lightning["AttributeDict"](lr=1e-4),
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}],
+        "settings": settings,
+    }
+    path = tmp_path / "last.ckpt"
+    torch.save(value, path, _use_new_zipfile_serialization=archive)
+    found = read_pickle(path)
+    assert found["state_dict"]["w"].read().tolist() == [0, 1, 2]
+    assert isinstance(found["hyper_parameters"], StandIn)
+    assert isinstance(found["settings"], StandIn) and found["settings"].__dict__ == {}
+    (callback, state), *_ = found["callbacks"].items()
+    assert callback.__name__ == "ModelCheckpoint" and issubclass(callback, StandIn)
+    assert state["best_model_score"].read() == 0.5
+
+
+def test_changing_a_tensor_changes_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(4)}, path)
+    before = path.read_bytes()
+    read_pickle(path)["w"].read().zero_()
+    assert path.read_bytes() == before
+    assert read_pickle(path)["w"].read().tolist() == [1, 1, 1, 1]
+
+
+# What follows builds files that no honest program writes.
+
+Hostile = Callable[[Path, Path], None]  # where to write, and a file that must not appear
+HOSTILE: dict[str, tuple[Hostile, str]] = {}
+
+
+def hostile(reason: str) -> Callable[[Hostile], Hostile]:
+    def add(build: Hostile) -> Hostile:
+        HOSTILE[build.__name__] = (build, reason)
+        return build
+
+    return add
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+def honest() -> dict[str, Any]:
+    return {"w": torch.arange(256.0), "b": torch.arange(8.0)}
+
+
+def packed(path: Path, program: bytes, *, storages: dict[str, bytes] | None = None, **more: bytes):
+    """Write an archive in torch's form around a pickle."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", program)
+        for key, data in (storages or {}).items():
+            file.writestr(f"archive/data/{key}", data)
+        for name, data in more.items():
+            file.writestr(f"archive/{name}", data)
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def storage(kind: bytes = b"ctorch\nFloatStorage\n", key: str = "0", count: int = 4) -> bytes:
+    return b"(" + text("storage") + kind + text(key) + text("cpu") + number(count) + b"tQ"
+
+
+def tensor(of: bytes, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    sizes = b"".join([b"(", *map(number, shape), b"t", b"(", *map(number, stride), b"t"])
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + of + number(offset) + sizes + b"\x89}tR"
+
+
+FOUR = {"0": b"\0" * 16}
+
+
+def of_tensor(path: Path, program: bytes) -> None:
+    packed(path, b"\x80\x02" + program + b".", storages=FOUR)
+
+
+@hostile("is empty")
+def empty(path: Path, _: Path) -> None:
+    path.touch()
+
+
+@hostile("no file of torch's")
+def text_file(path: Path, _: Path) -> None:
+    path.write_text("<html>404: not found</html>\n" * 100)
+
+
+@hostile("no file of torch's")
+def noise(path: Path, _: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+
+
+@hostile("no file of torch's: a pickle without its mark")
+def plain_pickle(path: Path, _: Path) -> None:
+    path.write_bytes(pickle.dumps({"w": [1.0, 2.0]}))
+
+
+@hostile("is it truncated?")
+def half_an_archive(path: Path, _: Path) -> None:
+    torch.save(honest(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@hostile("is it truncated?")
+def archive_without_its_last_bytes(path: Path, _: Path) -> None:
+    torch.save(honest(), path)
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@hostile("refused: it names posix.system")
+def shell_command(path: Path, canary: Path) -> None:
+    packed(path, pickle.dumps({"w": Call(os.system, f"touch {canary}")}, 2))
+
+
+@hostile("no file of torch's: refused: it names posix.system")
+def shell_command_in_the_old_form(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps(Call(os.system, f"touch {canary}"), 2))
+
+
+@hostile("refused: it names posix.system")
+def shell_command_among_the_old_forms_pickles(path: Path, canary: Path) -> None:
+    file = io.BytesIO()
+    torch.save(honest(), file, _use_new_zipfile_serialization=False)
+    head = file.getvalue()[: file.getvalue().index(b"}q") - 2]
+    path.write_bytes(head + pickle.dumps(Call(os.system, f"touch {canary}"), 2))
+
+
+@hostile("refused: it names builtins.eval")
+def evaluated_text(path: Path, canary: Path) -> None:
+    packed(path, pickle.dumps(Call(eval, f"open({str(canary)!r}, 'w')"), 4))
+
+
+@hostile("refused: it names builtins.getattr")
+def attribute_of_a_module(path: Path, _: Path) -> None:
+    packed(path, pickle.dumps(Call(getattr, torch.Size, "mro"), 2))
+
+
+@hostile("refused: it names subprocess.Popen")
+def new_object_of_a_class(path: Path, canary: Path) -> None:
+    packed(path, b"\x80\x02csubprocess\nPopen\n(" + text(f"touch {canary}") + b"t\x81.")
+
+
+@hostile("refused: it names torch.hub.load")
+def function_of_torch(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02ctorch.hub\nload\n(" + text("evil/repo") + b"tR.")
+
+
+@hostile("refused: it names torch.storage.sys.modules")
+def dotted_name(path: Path, _: Path) -> None:
+    dotted = b"\x8c\x0dtorch.storage\x8c\x0bsys.modules\x93"
+    packed(path, b"\x80\x04" + dotted + b".")
+
+
+@hostile("the instruction INST")
+def old_instruction(path: Path, canary: Path) -> None:
+    packed(path, b"(S'touch " + str(canary).encode() + b"'\nios\nsystem\n.")
+
+
+@hostile("the instruction EXT1")
+def extension_registry(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02\x82\x01.")
+
+
+@hostile("the instruction PERSID")
+def reference_in_text(path: Path, _: Path) -> None:
+    packed(path, b"Pstorage\n.")
+
+
+@hostile("a function was to be changed")
+def changed_function(path: Path, _: Path) -> None:
+    state = b"N}" + text("_function") + number(1) + b"s\x86b"
+    packed(path, b"\x80\x02ccollections\nOrderedDict\n" + state + b".")
+
+
+@hostile("said to have 1,000,000 elements of 4 bytes, but 16 bytes are there")
+def storage_that_lies(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(count=1_000_000), 0, (1_000_000,), (1,)))
+
+
+@hostile("does not fit into its storage of 4 elements")
+def tensor_larger_than_its_storage(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(), 0, (5,), (1,)))
+
+
+@hostile("does not fit into its storage")
+def tensor_beyond_its_storage(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(), 2, (3,), (1,)))
+
+
+@hostile("does not fit into its storage")
+def tensor_of_one_number_a_trillion_times(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(), 0, (1 << 40,), (0,)))
+
+
+@hostile("a tensor is malformed")
+def negative_offset(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(), -2, (2,), (1,)))
+
+
+@hostile("a tensor is malformed")
+def negative_stride(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(), 3, (3,), (-1,)))
+
+
+@hostile("a tensor is malformed")
+def more_strides_than_sides(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(), 0, (4,), (1, 1)))
+
+
+@hostile("has no member 'archive/data/9'")
+def storage_that_is_not_there(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(key="9"), 0, (4,), (1,)))
+
+
+@hostile("a reference to a storage is malformed")
+def storage_of_no_type(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(kind=text("FloatStorage")), 0, (4,), (1,)))
+
+
+@hostile("has no member 'archive/data/../../secret'")
+def storage_out_of_the_archive(path: Path, _: Path) -> None:
+    of_tensor(path, tensor(storage(key="../../secret"), 0, (4,), (1,)))
+
+
+@hostile("a bytearray is to be made of something else")
+def bytearray_of_a_terabyte(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02cbuiltins\nbytearray\n" + number(1 << 40) + b"\x85R.")
+
+
+@hostile("more objects than")
+def memo_far_out(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02]r" + struct.pack("<I", 0xFFFFFFF0) + b".")
+
+
+@hostile("more objects than")
+def millions_of_objects(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02(" + b"}" * 20_000_000 + b"l.")
+
+
+@hostile("damaged pickle")
+def string_longer_than_the_file(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.")
+
+
+@hostile("damaged pickle")
+def pickle_without_an_end(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}")
+
+
+@hostile("something follows the end of its pickle")
+def two_pickles(path: Path, canary: Path) -> None:
+    packed(path, b"\x80\x02}." + pickle.dumps(Call(os.system, f"touch {canary}"), 2))
+
+
+@hostile("'archive/data.pkl' is compressed")
+def zip_bomb(path: Path, _: Path) -> None:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file,
+        file.open("archive/data.pkl", "w") as member,
+    ):
+        for _ in range(1000):
+            member.write(b"\0" * (1 << 20))
+
+
+@hostile("'archive/../../evil' is named like a path out of the archive")
+def path_escape(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}.", **{"../../evil": b"x"})
+
+
+@hostile("'/etc/evil' is named like a path out of the archive")
+def absolute_path(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}.")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("/etc/evil", b"x")
+
+
+@hostile("'archive/data.pkl' is there twice")
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def member_twice(path: Path, _: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}.")
+        file.writestr("archive/data.pkx", b"\x80\x02].")
+    path.write_bytes(path.read_bytes().replace(b"data.pkx", b"data.pkl"))
+
+
+@hostile("is encrypted")
+def encrypted(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}.")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+
+
+@hostile("is not where the archive says")
+def misplaced_member(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}.", storages=FOUR)
+    data = bytearray(path.read_bytes())
+    second = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)
+    data[data.index(b"PK\x01\x02") + 42 : data.index(b"PK\x01\x02") + 46] = data[
+        second + 42 : second + 46
+    ]
+    path.write_bytes(data)
+
+
+@hostile("its directory has")
+def directory_of_a_gigabyte(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}.")
+    data = bytearray(path.read_bytes())
+    end = data.index(b"PK\x05\x06")
+    data[end + 12 : end + 16] = struct.pack("<I", 1 << 30)
+    path.write_bytes(data)
+
+
+@hostile("no data.pkl in it")
+def archive_of_something_else(path: Path, _: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("word/document.xml", b"<xml/>")
+
+
+@hostile("not little-endian")
+def big_endian(path: Path, _: Path) -> None:
+    packed(path, b"\x80\x02}.", byteorder=b"big")
+
+
+@hostile("is it truncated?")
+def truncated_old_form(path: Path, _: Path) -> None:
+    torch.save(honest(), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@hostile("is not what its tensors say")
+def old_form_whose_storage_lies(path: Path, _: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-20] + struct.pack("<q", 1 << 40) + b"\0" * 12)
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_hostile_and_damaged_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    build, reason = HOSTILE[name]
+    path, canary = tmp_path / "model.ckpt", tmp_path / "canary"
+    build(path, canary)
+    with pytest.raises(CheckpointError) as caught:
+        read_pickle(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and reason in message and "\n" not in message
+    assert not canary.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_refusing_takes_little_memory(tmp_path: Path) -> None:
+    """All of them in one process, torch included."""
+    paths = [str(tmp_path / f"{name}.ckpt") for name in HOSTILE]
+    for (build, _), path in zip(HOSTILE.values(), paths, strict=True):
+        build(Path(path), tmp_path / "canary")
+    code = f"""
+from pathlib import Path
+from mezzotint.checkpoints.unpickle import read_pickle
+from mezzotint.errors import CheckpointError
+refused = 0
+for path in {paths!r}:
+    try:
+        read_pickle(Path(path))
+    except CheckpointError:
+        refused += 1
+status = Path("/proc/self/status").read_text()
+print(refused, status.partition("VmHWM:")[2].split()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    refused, peak = map(int, done.stdout.split())
+    assert refused == len(HOSTILE) >= 30
+    assert peak < 500_000  # KiB; the torch in it takes half
+    assert not (tmp_path / "canary").exists()
