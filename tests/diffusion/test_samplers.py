@@ -103,7 +103,7 @@ ORDERS = [
     ("plms", plms, 4, (even_in_sigma,)),
     ("dpm2", dpm2, 2, (even_in_log_sigma, even_in_root)),
     ("dpm2_ancestral", partial(dpm2, eta=1.0), 2, (even_in_log_sigma, even_in_root)),
-    ("dpmpp_sde", dpmpp_sde, 1, (even_in_log_sigma, even_in_root)),
+    ("dpmpp_sde", dpmpp_sde, 2, (even_in_log_sigma, even_in_root)),
     # with more terms they are of second order too, by their first step, but show it only in runs
     # of thousands of steps: before that the other steps' smaller errors are all there is
     ("lms", lms_of_two, 2, (even_in_log_sigma, even_in_root)),

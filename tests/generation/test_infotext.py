@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import RequestError
 from mezzotint.generation.infotext import (
     parse_infotext,
@@ -104,7 +105,7 @@ def test_fields_that_no_request_has_are_kept() -> None:
     ("text", "message"),
     [
         (LINE.replace("Steps: 20", "Steps: many"), "Steps: expected a number, got 'many'"),
-        (LINE.replace("Euler a", "Restart"), "Sampler: unknown 'Restart'"),
+        (LINE.replace("Euler a", "Restart"), "unknown sampler 'Restart'"),
         (f"{LINE}, Schedule type: KL Optimal", "Schedule type: unknown 'KL Optimal'"),
         (LINE.replace("Steps: 20", "Steps: 0"), "steps"),
     ],
@@ -159,15 +160,20 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), ma
     prompt=PROMPTS.filter(lambda p: not p.startswith("Negative prompt:")),
     negative=PROMPTS.filter(bool),
     seed=st.integers(0, 2**40),
-    model=PROMPTS.filter(bool),
+    model=PROMPTS.filter(lambda m: m and not re.fullmatch(r"\d+x\d+|\".*\"", m)),
+    sampler=st.sampled_from(sorted(SAMPLERS)),
+    guidance=st.floats(0, 100),
 )
-def test_a_request_comes_back(prompt: str, negative: str, seed: int, model: str) -> None:
+def test_a_request_comes_back(
+    prompt: str, negative: str, seed: int, model: str, sampler: str, guidance: float
+) -> None:
     request = GenerationRequest(
         task="text-to-image",
         prompt=prompt,
         negative_prompt=negative,
         seed=seed,
-        sampler="euler",
+        sampler=sampler,
+        guidance_scale=guidance,
         model=model,
     )
     again = request_from_infotext(write_infotext(request))

@@ -193,3 +193,26 @@ def test_an_empty_figure_is_as_large_as_asked() -> None:
     with plot_style():
         figure = new_figure(3, 2)
     assert figure.get_size_inches().tolist() == [3, 2]
+
+
+def test_markdown_says_the_same(tmp_path: Path) -> None:
+    report = Report("A *study*", tmp_path)
+    report.heading("One")
+    report.paragraph("kid_x < [y]")
+    report.items(["a", "b"])
+    report.table(["name", "PSNR"], [["a|b", 24.191], ["c", None]], "in dB")
+    report.picture(Image.new("RGB", (4, 4)), "sheet", "Drawn [here]")
+    report.details("study.yaml", "a: 1\n")
+    report.write()
+    assert (tmp_path / "report.md").read_text().split("\n\n") == [
+        "# A \\*study\\*",
+        "## One",
+        "kid\\_x \\< \\[y\\]",
+        "- a\n- b",
+        "in dB:",
+        "| name | PSNR |\n| :-- | --: |\n| a\\|b | 24.19 |\n| c | – |",
+        "![Drawn \\(here\\)](sheet.webp)",
+        "Drawn \\[here\\]",
+        "study.yaml:",
+        "```\na: 1\n```\n",
+    ]

@@ -1,18 +1,18 @@
 """Zip archives that hold their members as they are, as torch writes them, read where they lie."""
 
-import mmap
 import struct
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from mezzotint.errors import CheckpointError
 
 __all__ = ["StoredArchive"]
 
-_MOST_DIRECTORY = 16 << 20  # bytes; a checkpoint of 10,000 tensors has 1 MB
+_MOST_DIRECTORY = 8 << 20  # bytes; a checkpoint of 10,000 tensors has 1 MB
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_END = struct.Struct("<4s6xHLLH")
-_END_64_LOCATOR, _END_64 = struct.Struct("<4s4xQ4x"), struct.Struct("<4s36xQQ")
+_END = struct.Struct("<4s8xL6x")
+_LOCATOR_SIZE, _END_64 = 20, struct.Struct("<4s36xQ8x")
 
 
 class StoredArchive:
@@ -22,21 +22,22 @@ class StoredArchive:
         names: Of the members.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         """Read the directory of an archive and hold it against the file.
 
         Args:
             path: Of the file, for messages.
-            mapped: The file.
+            file: Open for reading, as long as the archive is in use.
 
         Raises:
             CheckpointError: If the archive is damaged or truncated, or a member is compressed,
                 encrypted, named twice, or named like a path out of the archive.
         """
-        self._path, self._mapped = path, mapped
+        self._path, self._file = path, file
+        self._size = file.seek(0, 2)
         self._check_directory_size()
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise CheckpointError(f"{path}: damaged archive: {error}; is it truncated?") from None
@@ -55,10 +56,10 @@ class StoredArchive:
         start, size = self.locate(name)
         if size > limit:
             raise CheckpointError(
-                f"{self._path}: refused: {name} has {size:,} bytes, more than the {limit:,} that"
-                " any checkpoint needs"
+                f"{self._path}: refused: {name[:80]!r} has {size:,} bytes, more than the {limit:,}"
+                " that any checkpoint needs"
             )
-        return self._mapped[start : start + size]
+        return self._read(start, size)
 
     def locate(self, name: str) -> tuple[int, int]:
         """Return where a member's content begins in the file, and its size, in bytes.
@@ -66,20 +67,26 @@ class StoredArchive:
         Raises:
             CheckpointError: If there is none of this name, or it does not lie within the file.
         """
+        told = repr(name[:80])
         member = self._members.get(name)
         if member is None:
-            raise CheckpointError(f"{self._path}: its archive has no member {name!r}")
+            raise CheckpointError(f"{self._path}: its archive has no member {told}")
         at = member.header_offset
-        if at + _LOCAL_HEADER.size > len(self._mapped):
-            raise CheckpointError(f"{self._path}: {name} lies beyond the end; is it truncated?")
-        mark, name_length, extra_length = _LOCAL_HEADER.unpack_from(self._mapped, at)
+        if at < 0 or at + _LOCAL_HEADER.size > self._size:
+            raise CheckpointError(f"{self._path}: {told} lies beyond the end; is it truncated?")
+        header = self._read(at, _LOCAL_HEADER.size)
+        mark, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        named = self._read(at + _LOCAL_HEADER.size, name_length)
         start = at + _LOCAL_HEADER.size + name_length + extra_length
-        named = self._mapped[at + _LOCAL_HEADER.size : at + _LOCAL_HEADER.size + name_length]
         if mark != b"PK\x03\x04" or named != member.orig_filename.encode():
-            raise CheckpointError(f"{self._path}: {name} is not where the archive says")
-        if start + member.file_size > len(self._mapped):
-            raise CheckpointError(f"{self._path}: {name} ends beyond the end; is it truncated?")
+            raise CheckpointError(f"{self._path}: {told} is not where the archive says")
+        if start + member.file_size > self._size:
+            raise CheckpointError(f"{self._path}: {told} ends beyond the end; is it truncated?")
         return start, member.file_size
+
+    def _read(self, start: int, size: int) -> bytes:
+        self._file.seek(start)
+        return self._file.read(size)
 
     def _check(self, member: zipfile.ZipInfo) -> None:
         name, path = member.filename, PurePosixPath(member.filename)
@@ -93,22 +100,24 @@ class StoredArchive:
         elif member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             problem = "is compressed, which torch does not do"
         if problem:
-            raise CheckpointError(f"{self._path}: refused: its member {name!r} {problem}")
+            raise CheckpointError(f"{self._path}: refused: its member {name[:80]!r} {problem}")
 
     def _check_directory_size(self) -> None:
         """Refuse a directory that would take much memory before it is read."""
-        end = self._mapped.rfind(b"PK\x05\x06", max(0, len(self._mapped) - (1 << 16) - _END.size))
-        if end < 0 or end + _END.size > len(self._mapped):
+        tail_at = max(0, self._size - (1 << 16) - _END.size)
+        tail = self._read(tail_at, self._size - tail_at)
+        end = tail.rfind(b"PK\x05\x06")
+        if end < 0 or end + _END.size > len(tail):
             raise CheckpointError(f"{self._path}: the archive has no end; is it truncated?")
-        _, _, size, _, _ = _END.unpack_from(self._mapped, end)
-        locator = end - _END_64_LOCATOR.size
-        if locator >= 0 and self._mapped[locator : locator + 4] == b"PK\x06\x07":
-            _, at = _END_64_LOCATOR.unpack_from(self._mapped, locator)
-            if at + _END_64.size <= len(self._mapped):
-                size = max(
-                    size if size != 0xFFFFFFFF else 0, _END_64.unpack_from(self._mapped, at)[1]
-                )
-        if size > _MOST_DIRECTORY and size != 0xFFFFFFFF:
+        size: int = _END.unpack_from(tail, end)[1]
+        # a large archive has another record right before the one that points to it
+        locator = tail_at + end - _LOCATOR_SIZE
+        record = locator - _END_64.size
+        if record >= 0 and self._read(locator, 4) == b"PK\x06\x07":
+            mark, large = _END_64.unpack(self._read(record, _END_64.size))
+            if mark == b"PK\x06\x06":
+                size = large
+        if size > _MOST_DIRECTORY:
             raise CheckpointError(
                 f"{self._path}: refused: its directory has {size:,} bytes, more than the"
                 f" {_MOST_DIRECTORY:,} that any checkpoint needs"

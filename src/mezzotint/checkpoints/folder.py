@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.layouts import config_to_layout, layout_to_config
-from mezzotint.checkpoints.tensors import find_weights, open_tensors
+from mezzotint.checkpoints.tensors import TensorInfo, find_weights, open_tensors
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError
 
@@ -76,10 +76,12 @@ def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.M
     folder = Path(folder)
     layout, config = layout_to_config(read_component_config(folder), str(folder / CONFIG))
     path = find_weights(folder, STEM)
-    read = open_tensors(path).read(dtype or torch.float32)
-    tensors = {_modern(name): tensor for name, tensor in read.items()}
+    stored = open_tensors(path)
     with torch.device("meta"):  # no time lost on random weights that are overwritten
         module = layout.build(config)
+    # before gigabytes are read that do not fit
+    _check_fit(module, {_modern(name): info for name, info in stored.items()}, path)
+    tensors = {_modern(n): tensor for n, tensor in stored.read(dtype or torch.float32).items()}
     load_state_strictly(module, tensors, path)
     _fill_unsaved_buffers(module)
     return module.eval()
@@ -112,8 +114,14 @@ def load_state_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source
         source: What an error calls their file.
 
     Raises:
-        CheckpointError: Naming what is missing, unexpected or of the wrong shape.
+        CheckpointError: Naming what is missing, unexpected or of the wrong shape or type.
     """
+    _check_fit(module, tensors, source)
+    on_meta = any(t.is_meta for t in module.state_dict().values())
+    module.load_state_dict(tensors, assign=on_meta)
+
+
+def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor | TensorInfo], source: Path) -> None:
     wanted = module.state_dict()
     parts: list[str] = []
     if missing := [name for name in wanted if name not in tensors]:
@@ -123,15 +131,21 @@ def load_state_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source
     wrong = [
         f"{name} {tuple(tensors[name].shape)} where {tuple(expected.shape)} was expected"
         for name, expected in wanted.items()
-        if name in tensors and tensors[name].shape != expected.shape
+        if name in tensors and tuple(tensors[name].shape) != tuple(expected.shape)
     ]
     if wrong:
         parts.append(f"wrong shape {_some(wrong)}")
+    mistyped = [
+        f"{name} of {tensors[name].dtype}"
+        for name, expected in wanted.items()
+        if name in tensors and tensors[name].dtype.is_floating_point != expected.is_floating_point()
+    ]
+    if mistyped:
+        parts.append(f"wrong type {_some(mistyped)}")
     if parts:
         raise CheckpointError(
             f"{source}: does not fit its {type(module).__name__}: {'; '.join(parts)}"
         )
-    module.load_state_dict(tensors, assign=any(t.is_meta for t in wanted.values()))
 
 
 def _some(names: list[str], shown: int = 4) -> str:

@@ -20,6 +20,7 @@ from mezzotint.errors import CheckpointError
 __all__ = ["TensorInfo", "Tensors", "find_weights", "open_tensors"]
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_MOST_HEADER = 16 << 20  # bytes; that of a model with 10,000 tensors has 1 MB
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -100,7 +101,11 @@ class Tensors(Mapping[str, TensorInfo]):
             if not names:
                 continue
             with _opened(path) as file:
-                found |= {name: _cast(file.get_tensor(name), dtype) for name in names}
+                for name in names:
+                    try:
+                        found[name] = _cast(file.get_tensor(name), dtype)
+                    except SafetensorError as error:
+                        raise CheckpointError(f"{path}: was changed: {error}") from None
         return {name: found[name] for name in self._infos}
 
 
@@ -165,6 +170,13 @@ def find_weights(folder: Path, stem: str) -> Path:
 
 def _opened(path: Path) -> Any:
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if _MOST_HEADER < length <= path.stat().st_size:
+            raise CheckpointError(
+                f"{path}: refused: its header has {length:,} bytes, more than the {_MOST_HEADER:,}"
+                " that any checkpoint needs"
+            )
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged, or not a file of weights: {error}") from None
@@ -177,7 +189,9 @@ def _open_safetensors(path: Path) -> Tensors:
             header = file.get_slice(name)
             dtype = _DTYPES.get(header.get_dtype())
             if dtype is None:
-                raise CheckpointError(f"{path}: {name} is of type {header.get_dtype()}, unknown")
+                raise CheckpointError(
+                    f"{path}: {name[:80]!r} is of type {header.get_dtype()}, unknown"
+                )
             infos[name] = TensorInfo(dtype, tuple(header.get_shape()), path)
         return Tensors(infos, metadata=file.metadata())
 
@@ -204,11 +218,13 @@ def _open_pickle(path: Path) -> Tensors:
 
 def _open_parts(path: Path) -> Tensors:
     try:
+        if path.stat().st_size > _MOST_HEADER:
+            raise ValueError(f"more than {_MOST_HEADER:,} bytes")
         index = json.loads(path.read_text(encoding="utf-8"))
         places = cast(dict[Any, Any], index["weight_map"])
         names = dict.fromkeys(str(file) for file in places.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is no index of weights: {error!r}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no index of weights: {error}") from None
     parts: dict[str, Tensors] = {}
     for file in names:
         if Path(file).name != file or file.endswith(".json"):

@@ -32,7 +32,7 @@ def sampling(
         str | None, typer.Option(metavar="N,N,…", help="Numbers of steps. Default: 2,5,10,20,50")
     ] = None,
     samplers: Annotated[
-        str | None, typer.Option(metavar="NAME,…", help="Default: all of them.")
+        str | None, typer.Option(metavar="NAME,…", help="Default: all that any model can use.")
     ] = None,
     scales: Annotated[
         str | None, typer.Option(metavar="S,S,…", help="Guidance scales. Default: from 1 to 8")

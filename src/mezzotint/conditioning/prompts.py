@@ -2,9 +2,11 @@
 
 ``(x)`` attends to x 1.1 times as much, ``[x]`` 1 / 1.1 times, ``(x:1.3)`` 1.3 times; they nest and
 multiply. A backslash makes the bracket after it a plain character. The word ``BREAK`` ends a chunk
-of tokens. ``<lora:name:0.8>`` asks for an adapter and is not part of the text.
+of tokens. ``<lora:name:0.8>`` asks for an adapter and is not part of the text. What web UIs change
+from step to step, ``[a:b:0.5]``, ``[a|b]`` and ``AND``, is not read.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ _LEXEME = re.compile(
     """,
     re.VERBOSE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _ADAPTER = re.compile(r"<(?P<kind>\w+):(?P<rest>[^<>]*)>")
 
 
@@ -135,10 +137,12 @@ def _weighted_pieces(prompt: str) -> list[tuple[str | None, float]]:
             bracket = _partner(lexeme["close"])
             multiply(opened[bracket].pop(), _factor(bracket))
         elif kind is not None:
-            for number, part in enumerate(_BREAK.split(lexeme[0])):
+            cut = _BREAK.split(lexeme[0])
+            for number, part in enumerate(cut):
                 if number:
                     say(None)
-                say(part)
+                    part = part.lstrip()
+                say(part if number == len(cut) - 1 else part.rstrip())
     for bracket, starts in opened.items():
         for start in starts:
             multiply(start, _factor(bracket))
@@ -155,9 +159,10 @@ def _factor(bracket: str) -> float:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:  # such as 1.2.3
         return None
+    return number if math.isfinite(number) else None
 
 
 def split_adapters(prompt: str) -> tuple[str, list[AdapterRequest]]:

@@ -229,9 +229,10 @@ def unipc(
         denoised = denoise(x, batch_sigma(x, sigma))
         if past and following < sigma < past[0][0]:
             x = _unified_step(before, [(sigma, denoised), *past[:order]], sigma, corrects=True)
-        past = [(sigma, denoised), *past[: max_order - 1]]
-        before, order = x, min(len(past), steps - i)
-        x = _unified_step(x, past[:order], following, corrects=False)
+        if following < sigma:  # a step of no length would put two estimates at one place
+            past = [(sigma, denoised), *past[: max_order - 1]]
+            before, order = x, min(len(past), steps - i)
+            x = _unified_step(x, past[:order], following, corrects=False)
         report(callback, i, levels, x, denoised)
     return finish(x, levels)
 

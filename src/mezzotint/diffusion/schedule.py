@@ -84,7 +84,8 @@ class Grid:
     """Conventions by which samplers lay the same spacing differently.
 
     They change which pictures come out, not whether they are right; each sampler's are those of
-    the diffusers scheduler of its name, so that a public model draws the same picture.
+    the diffusers scheduler of its name, so that a public model draws the same picture. (Not
+    ``lcm``'s, whose scheduler takes its levels from the 50 of the distillation.)
 
     Attributes:
         whole: Round ``linspace`` times to whole ones; without it, noise levels at times between

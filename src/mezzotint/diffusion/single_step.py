@@ -208,8 +208,9 @@ def dpmpp_sde(
     """DPM-Solver++ of single steps on the reverse SDE (Lu et al., arXiv 2211.01095, algorithm 1).
 
     A step first goes to the level halfway in log sigma, noise and all, and asks the network there;
-    what that says of the image is then what the whole step moves towards. Twice the calls of
-    `dpmpp_2m` for the same number of steps, and no memory. A step to 0 takes the image as it is
+    what that says of the image is then what the whole step moves towards. The noise of the whole
+    step is that of its first half, carried on, and fresh noise for the second half. Twice the calls
+    of `dpmpp_2m` for the same number of steps, and no memory. A step to 0 takes the image as it is
     estimated.
 
     Args:
@@ -224,20 +225,25 @@ def dpmpp_sde(
         ``(B, C, H, W)`` the image at the last noise level, variance-preserving.
     """
     x, levels = begin(x, sigmas)
-
-    def move(x: Tensor, towards: Tensor, sigma: float, following: float, noise: int) -> Tensor:
-        down, up = down_and_up(sigma, following, eta)
-        x = towards + (down / sigma) * (x - towards)
-        return x + up * draw(rng, x, step, noise) if up > 0 else x
-
-    for step, (sigma, following) in enumerate(pairs(levels)):
+    for i, (sigma, following) in enumerate(pairs(levels)):
         denoised = denoise(x, batch_sigma(x, sigma))
+        down, up = down_and_up(sigma, following, eta)
+        noise = None
         if 0 < following < sigma:
             middle = math.sqrt(sigma * following)
-            halfway = move(x, denoised, sigma, middle, 0)
+            half_down, half_up = down_and_up(sigma, middle, eta)
+            halfway = denoised + (half_down / sigma) * (x - denoised)
+            if up > 0:
+                first, second = draw(rng, x, i, 0), draw(rng, x, i, 1)
+                halfway = halfway + half_up * first
+                rest_down, rest_up = down_and_up(middle, following, eta)
+                carried = half_up * rest_down / middle
+                noise = (carried * first + rest_up * second) / math.hypot(carried, rest_up)
             denoised = denoise(halfway, batch_sigma(x, middle))
-        x = move(x, denoised, sigma, following, 1)
-        report(callback, step, levels, x, denoised)
+        x = denoised + (down / sigma) * (x - denoised)
+        if noise is not None:
+            x = x + up * noise
+        report(callback, i, levels, x, denoised)
     return finish(x, levels)
 
 

@@ -24,6 +24,7 @@ __all__ = ["Infotext", "parse_infotext", "request_from_infotext", "write_infotex
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _NEGATIVE = "Negative prompt:"
+_LONGEST = 1 << 14  # letters of a line of parameters; a pattern takes its time over longer ones
 _LEAST_FIELDS = 3  # that make a last line one of parameters, and not of the prompt
 _SAMPLER_LABELS = {name: label for label, name in WEB_UI.items()}
 _SPACING_NAMES = {name: label for label, name in SPACING_LABELS.items()}
@@ -34,7 +35,7 @@ class Infotext:
     """What stands in such a text.
 
     Attributes:
-        prompt: As it was typed, with its lines.
+        prompt: Its lines, without the blanks around each.
         negative_prompt: Likewise; empty if there is none.
         fields: The parameters by name, as text. A size stands under ``Size-1`` (width) and
             ``Size-2`` (height); ``Clip skip`` is ``1`` if nothing is said of it.
@@ -48,7 +49,7 @@ class Infotext:
 def parse_infotext(text: str) -> Infotext:
     """Parse by the web UIs' own rule; any text is one, if need be a prompt alone."""
     *lines, last = text.strip().split("\n")
-    found = _FIELD.findall(last)
+    found = _FIELD.findall(last) if len(last) <= _LONGEST else []
     if len(found) < _LEAST_FIELDS:
         lines, found = [*lines, last], []
     prompt: list[str] = []
@@ -107,7 +108,7 @@ def write_infotext(request: GenerationRequest, size: tuple[int, int] | None = No
         "Steps": request.steps,
         "Sampler": _SAMPLER_LABELS.get(request.sampler, request.sampler),
         "Schedule type": spacing,
-        "CFG scale": f"{request.guidance_scale:g}",
+        "CFG scale": str(request.guidance_scale).removesuffix(".0"),
         "Seed": request.seed + (resolved.image_index if resolved else 0),
         "Size": f"{size[0]}x{size[1]}" if size else None,
         "Model hash": resolved.model_hash[:10] if resolved else None,
@@ -123,7 +124,8 @@ def request_from_infotext(text: str) -> GenerationRequest:
     """Turn such a text into a request.
 
     What the text says beyond prompt, sampler, steps, guidance, seed, size and model is not in it:
-    `parse_infotext` has all of it.
+    `parse_infotext` has all of it. Where it names no schedule type, or ``Automatic``, the noise
+    levels are our sampler's default and not the web UI's.
 
     Raises:
         RequestError: If a value is no number where one belongs, or there is no such sampler.
@@ -148,11 +150,8 @@ def request_from_infotext(text: str) -> GenerationRequest:
                 raise RequestError(f"{label}: expected a number, got {fields[label]!r}") from None
     if "Sampler" in fields:
         known = find_sampler(fields["Sampler"])
-        if known is None:
-            raise RequestError(
-                f"Sampler: unknown {fields['Sampler']!r}; {nearest(fields['Sampler'], WEB_UI)}"
-            )
-        request |= {"sampler": known.sampler, "spacing": known.spacing}
+        request["sampler"] = known.sampler if known else fields["Sampler"]
+        request["spacing"] = known.spacing if known else None
     label = fields.get("Schedule type", "Automatic")
     if label != "Automatic":
         if label not in SPACING_LABELS:

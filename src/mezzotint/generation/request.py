@@ -98,7 +98,7 @@ class GenerationRequest(Document):
     ) = None
     guidance_scale: Finite = 3.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
-    eta: Finite | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
     width: Annotated[int, Field(ge=1, le=16384)] | None = None
     height: Annotated[int, Field(ge=1, le=16384)] | None = None
     model: str | None = None

@@ -1,4 +1,7 @@
-"""What a study found, as one HTML file that needs no other, with its plots and tables beside it."""
+"""What a study found, as one HTML file that needs no other, with its plots and tables beside it.
+
+The same stands in Markdown, for where code is read.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "Measured", "Report", "plot_style"]
 
+_LONG = 40  # letters; longer texts in a table are wrapped
 _QUALITY = 92  # of WebP: no difference to be seen
 _NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
 
@@ -69,20 +73,24 @@ class Report:
         self.title = title
         self.folder = folder
         self._parts: list[str] = []
+        self._markdown: list[str] = [f"# {_plain(title)}"]
         self._headings: list[str] = []
 
     def heading(self, text: str) -> None:
         """Begin a section."""
         self._headings.append(text)
         self._parts.append(f'<h2 id="s{len(self._headings)}">{html.escape(text)}</h2>')
+        self._markdown.append(f"## {_plain(text)}")
 
     def paragraph(self, text: str) -> None:
         """Say something."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
+        self._markdown.append(_plain(text))
 
     def items(self, texts: Sequence[str]) -> None:
         """Say several things, as a list."""
         self._parts.append(f"<ul>{''.join(f'<li>{html.escape(t)}</li>' for t in texts)}</ul>")
+        self._markdown.append("\n".join(f"- {_plain(text)}" for text in texts))
 
     def details(self, summary: str, text: str) -> None:
         """Keep a longer text, settings for example, folded away under one line."""
@@ -90,6 +98,7 @@ class Report:
             f"<details><summary>{html.escape(summary)}</summary>"
             f"<pre>{html.escape(text)}</pre></details>"
         )
+        self._markdown.append(f"{_plain(summary)}:\n\n```\n{text.rstrip()}\n```")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = ""
@@ -121,6 +130,12 @@ class Report:
             f' tabindex="0"><table>{above}<thead>{head}</thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
+        shown = [columns, ["--:" if n else ":--" for n in numeric]]
+        shown += [[_shown(cell) for cell in row] for row in rows]
+        lines = [
+            "| " + " | ".join(_plain(t).replace("|", "\\|") for t in row) + " |" for row in shown
+        ]
+        self._markdown += [f"{_plain(caption)}:"] * bool(caption) + ["\n".join(lines)]
 
     def figure(self, figure: Figure, name: str, caption: str, alt: str = "") -> None:
         """Show a plot, and write it as ``<name>.png``.
@@ -178,7 +193,7 @@ class Report:
         return path
 
     def write(self) -> Path:
-        """Write the page.
+        """Write the page, and the same in Markdown as ``report.md``.
 
         Returns:
             ``report.html`` in the folder.
@@ -201,6 +216,7 @@ class Report:
         )
         path = self.folder / "report.html"
         write_atomically(path, page.encode())
+        write_atomically(self.folder / "report.md", ("\n\n".join(self._markdown) + "\n").encode())
         return path
 
     def _picture(self, content: bytes, kind: str, name: str, caption: str, alt: str) -> None:
@@ -213,6 +229,8 @@ class Report:
             f' alt="{html.escape(alt or caption)}"><figcaption>{html.escape(caption)}</figcaption>'
             "</figure>"
         )
+        alone = _plain(alt or caption).translate(str.maketrans("[]", "()"))
+        self._markdown.append(f"![{alone}]({name}.{kind})\n\n{_plain(caption)}")
 
 
 def _checked(name: str) -> str:
@@ -220,9 +238,14 @@ def _checked(name: str) -> str:
     return name
 
 
+def _plain(text: str) -> str:
+    """Let no letter of a text be markup."""
+    return re.sub(r"([\\`*_\[\]<])", r"\\\1", text)
+
+
 def _cell(tag: str, text: str, numeric: bool) -> str:
-    right = ' class="n"' if numeric else ""
-    return f"<{tag}{right}>{html.escape(text)}</{tag.partition(' ')[0]}>"
+    kind = ' class="n"' if numeric else ' class="w"' if len(text) > _LONG else ""
+    return f"<{tag}{kind}>{html.escape(text)}</{tag.partition(' ')[0]}>"
 
 
 def _shown(cell: Cell) -> str:
@@ -273,6 +296,7 @@ th, td { padding: .4rem .7rem; text-align: left; white-space: nowrap;
   border-top: 1px solid var(--rule); }
 thead th { border-top: 0; background: var(--band); }
 .n { text-align: right; }
+.w { white-space: normal; min-width: 14rem; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px;
   border: 1px solid var(--rule); }
