@@ -218,7 +218,7 @@ def test_a_class_model_is_drawn_by_class_and_has_no_captions(
 def test_every_sampler_can_be_studied(text_run: Path, tmp_path: Path) -> None:
     default = SamplingStudy(model="m", data=EmojiDataConfig())
     run(text_run, tmp_path, samplers=default.samplers, samples=4, steps=[2], scales=[])
-    assert len(list((tmp_path / "points").glob("*.json"))) == len(default.samplers) == 8
+    assert len(list((tmp_path / "points").glob("*.json"))) == len(default.samplers) == 13
 
 
 def test_the_real_pictures_are_those_of_the_run_unless_others_are_named(

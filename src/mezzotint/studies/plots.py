@@ -177,7 +177,8 @@ def draw_lines(
             ys,
             yerr=es if line.errors is not None else None,
             color=colour,
-            linestyle="--" if line.dashed else "-",
+            # where there are more lines than colours the second ones of a colour are dotted
+            linestyle="--" if line.dashed else ":" if number >= len(COLOURS) else "-",
             marker=_MARKERS[number % len(_MARKERS)],
             capsize=2.5,
             elinewidth=1.0,

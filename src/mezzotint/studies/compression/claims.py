@@ -89,7 +89,7 @@ def judge(
     return [
         *_slow(kid, diffusions),
         _middle_is_best(kid),
-        _stalls(kid, diffusions),
+        *_stalls(kid, diffusions),
         _more_compression_costs_fidelity(scores),
         _high_frequencies_go_first(scores),
         *_vq_against_kl(kid, scores),
@@ -149,21 +149,32 @@ def _middle_is_best(kid: dict[str, Estimate]) -> Claim:
     return Claim(text, _worse(kid[outside], kid[inside]), finding)
 
 
-def _stalls(kid: dict[str, Estimate], diffusions: Sequence[DiffusionResult]) -> Claim:
-    text = "LDM-32 stalls: it learns fast at first, and its quality then stays behind."
+def _stalls(kid: dict[str, Estimate], diffusions: Sequence[DiffusionResult]) -> list[Claim]:
+    fast = "At first LDM-32 learns fast: at the first point it is ahead of the best."
+    stalls = "LDM-32 stalls: from there on it improves less than the best, and it ends behind it."
     if missing := _missing(kid, ("kl-f32", *_MIDDLE)):
-        return Claim(text, None, missing)
+        return [Claim(text, None, missing) for text in (fast, stalls)]
     best = min(_MIDDLE, key=lambda name: kid[name].value)
     spread = spread_of_seeds(diffusions)
-    first, rival = (kid_at(_of(diffusions, name), 0, spread) for name in ("kl-f32", best))
-    finding = (
-        f"first point: KID {_told('kl-f32', first)} against {_told(best, rival)}; end:"
-        f" {_told('kl-f32', kid['kl-f32'])} against {_told(best, kid[best])}"
-    )
-    ahead, behind = _worse(rival, first), _worse(kid["kl-f32"], kid[best])
-    if ahead is None or behind is None:
-        return Claim(text, False if False in (ahead, behind) else None, finding)
-    return Claim(text, ahead and behind, finding)
+    names = ("kl-f32", best)
+    first = {name: kid_at(_of(diffusions, name), 0, spread) for name in names}
+    gain = {
+        name: Estimate(
+            first[name].value - kid[name].value,
+            math.hypot(first[name].standard_error, kid[name].standard_error),
+        )
+        for name in names
+    }
+
+    def against(numbers: Mapping[str, Estimate]) -> str:
+        return " against ".join(_told(name, numbers[name]) for name in names)
+
+    less, behind = _worse(gain[best], gain["kl-f32"]), _worse(kid["kl-f32"], kid[best])
+    holds = True if less and behind else False if False in (less, behind) else None
+    return [
+        Claim(fast, _worse(first[best], first["kl-f32"]), f"first point: KID {against(first)}"),
+        Claim(stalls, holds, f"KID fell by {against(gain)}, and ends at {against(kid)}"),
+    ]
 
 
 def _more_compression_costs_fidelity(scores: dict[str, dict[str, object]]) -> Claim:
