@@ -216,7 +216,8 @@ def test_an_unknown_sampler_is_told_with_the_list(run: Run) -> None:
     told = one_line(run("sample", "no-such-model", "a red apple", "--sampler", "dpmpp2m"))
     assert told.startswith("request: sampler: unknown sampler 'dpmpp2m'; did you mean 'dpmpp_2m'?")
     assert told.endswith(
-        "Choose from: ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, plms"
+        "Choose from: ddim, ddpm, dpm2, dpm2_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, euler,"
+        " euler_ancestral, heun, lcm, lms, plms, unipc"
     )
 
 
