@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.layouts import config_to_layout, layout_to_config
-from mezzotint.checkpoints.tensors import TensorInfo, find_weights, open_tensors
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.tensors import TensorInfo, find_weights, open_tensors
 
 __all__ = [
     "load_component",
@@ -63,7 +63,7 @@ def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.M
 
     Args:
         folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, or a variant of
-            it that `mezzotint.checkpoints.tensors.find_weights` finds.
+            it that `mezzotint.storage.tensors.find_weights` finds.
         dtype: Of the weights in memory; float32 if not given, whatever they are on disk.
 
     Returns:

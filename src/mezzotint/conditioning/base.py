@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,19 @@ from torch.nn import functional as F
 
 from mezzotint.errors import RequestError
 
-__all__ = ["ConditionInputs", "Conditioner", "Conditioning", "Unconditional"]
+__all__ = [
+    "Box",
+    "ConditionInputs",
+    "Conditioner",
+    "Conditioning",
+    "Emphasis",
+    "TextOptions",
+    "Unconditional",
+]
+
+Emphasis = Literal["original", "no_norm", "ignore", "none"]
+"""How ``(x:1.3)`` acts: on the tokens, with their mean kept or not; read but without effect; or as
+plain characters."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,29 +92,81 @@ def _cat(values: Sequence[Tensor | None], name: str) -> Tensor | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How captions are read by conditioners that know more than one way.
+
+    Attributes:
+        emphasis: How brackets act.
+        clip_skip: Which of the text encoder's layers is the last, counted from its end as web UIs
+            do: 1 is the model's own, 2 the one before it.
+    """
+
+    emphasis: Emphasis = "original"
+    clip_skip: int = 1
+
+
+@dataclass(frozen=True)
+class Box:
+    """An object of a layout.
+
+    Attributes:
+        label: The index of its class.
+        left: Of the box, as a share of the image's width, from 0 to 1.
+        top: As a share of its height.
+        right: As a share of its width, above ``left``.
+        bottom: As a share of its height, above ``top``.
+    """
+
+    label: int
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConditionInputs:
     """What a user or a data set says of a batch, before any conditioner has read it.
 
     Attributes:
-        count: The number of samples.
+        count: The number of samples, B.
         captions: One text a sample.
+        text: How the captions are read.
         labels: One class index a sample.
+        layouts: The boxes of each sample.
+        maps: ``(B, H, W)`` integer class of every pixel.
+        low_res: ``(B, 3, h, w)`` small images in -1..1, as large as the latents.
+        masked_latents: ``(B, C, h, w)`` normalised latents of the images without what is to be
+            drawn.
+        mask: ``(B, 1, h, w)``, 1 where to draw and 0 where to keep.
     """
 
     count: int
     captions: Sequence[str] | None = None
+    text: TextOptions = TextOptions()
     labels: Sequence[int] | None = None
+    layouts: Sequence[Sequence[Box]] | None = None
+    maps: Tensor | None = None
+    low_res: Tensor | None = None
+    masked_latents: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Conditioner(nn.Module):
     """Turns inputs into a `Conditioning`, and knows its own null: tau_theta of the paper, eq. 3.
 
     Attributes:
-        wants: The inputs that it reads: ``"caption"``, ``"label"`` or nothing.
+        wants: The input that it reads for cross-attention: ``"caption"``, ``"label"``,
+            ``"layout"`` or nothing.
+        wants_concat: The input that it reads for concatenation: ``"map"``, ``"low_res"``,
+            ``"inpainting"`` or nothing.
+        concat_channels: How many channels it concatenates.
         description: For messages, what it wants, in words.
     """
 
-    wants: str | None = None
+    wants: Literal["caption", "label", "layout"] | None = None
+    wants_concat: Literal["map", "low_res", "inpainting"] | None = None
+    concat_channels: int = 0
     description: str = "nothing: it is unconditional"
 
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:

@@ -24,9 +24,9 @@ from mezzotint.models.weights import (
     is_url,
     load_tensors,
     locate_weights,
-    read_state_dict,
 )
 from mezzotint.rng import keyed_generator
+from mezzotint.storage.tensors import open_tensors
 
 __all__ = [
     "FEATURE_NETWORKS",
@@ -276,7 +276,7 @@ def load_features(
         case PublishedWeights() as published:
             path = _find(name, published, weights, sha256)
             trunk = info.build()
-            load_tensors(trunk, read_state_dict(path), str(path), unused=published.unused)
+            load_tensors(trunk, open_tensors(path).read(), str(path), unused=published.unused)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FeatureNetwork(name, trunk, info, digest)

@@ -13,7 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError, MissingExtraError
-from mezzotint.models.weights import is_url, load_tensors, locate_weights, read_state_dict
+from mezzotint.models.weights import is_url, load_tensors, locate_weights
+from mezzotint.storage.tensors import open_tensors
 
 __all__ = ["PerceptualConfig", "build_perceptual"]
 
@@ -67,14 +68,14 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module:
             return NoDistance()
         case "lpips-vgg16":
             assert config.weights is not None
-            tensors = read_state_dict(locate_weights(config.weights, config.sha256))
+            tensors = open_tensors(locate_weights(config.weights, config.sha256)).read()
             if config.heads is not None:
-                tensors |= read_state_dict(locate_weights(config.heads, config.heads_sha256))
+                tensors |= open_tensors(locate_weights(config.heads, config.heads_sha256)).read()
             return lpips_vgg16(tensors, config.weights)
         case "efficientnet-lite0":
             location = config.weights or _installed_efficientnet()
             return efficientnet_distance(
-                read_state_dict(locate_weights(location, config.sha256)), location
+                open_tensors(locate_weights(location, config.sha256)).read(), location
             )
 
 

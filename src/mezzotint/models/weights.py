@@ -8,15 +8,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError
 
-__all__ = ["cache_directory", "is_url", "load_tensors", "locate_weights", "read_state_dict"]
+__all__ = ["cache_directory", "is_url", "load_tensors", "locate_weights"]
 
 
 _CHECKSUM = re.compile("[0-9a-fA-F]{8,64}")
@@ -91,30 +88,6 @@ def _download(url: str, sha256: str, path: Path) -> None:
         raise CheckpointError(f"{url}: cannot be downloaded: {error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read named tensors from safetensors, or from a file of ``torch.save`` without running it.
-
-    Raises:
-        CheckpointError: If the file is damaged or holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        data: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise anything
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or not a file of weights: {why}") from None
-    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds no named tensors")
-    return {
-        str(name): value
-        for name, value in cast(dict[Any, Any], data).items()
-        if isinstance(value, Tensor)
-    }
 
 
 def load_tensors(

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint.checkpoints.unpickle import read_pickle
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.unpickle import read_pickle
 
 Hostile = Callable[[Path, Path], None]  # where to write, and a file that must not appear
 HOSTILE: dict[str, tuple[Hostile, str]] = {}
@@ -427,7 +427,7 @@ def test_refusing_takes_little_memory(tmp_path: Path) -> None:
         build(Path(path), tmp_path / "canary")
     code = f"""
 from pathlib import Path
-from mezzotint.checkpoints.unpickle import read_pickle
+from mezzotint.storage.unpickle import read_pickle
 from mezzotint.errors import CheckpointError
 refused = 0
 for path in {paths!r}:

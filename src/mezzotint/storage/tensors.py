@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mezzotint.checkpoints.unpickle import StoredTensor, read_pickle
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.unpickle import StoredTensor, read_pickle
 
 __all__ = ["TensorInfo", "Tensors", "find_weights", "open_tensors"]
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL as TheirAutoencoder
 
 from mezzotint.checkpoints.folder import load_component
-from mezzotint.checkpoints.tensors import find_weights, open_tensors
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.tensors import find_weights, open_tensors
 
 STEM = "diffusion_pytorch_model"
 
@@ -161,3 +161,28 @@ def test_pickles_without_tensors(tmp_path: Path) -> None:
         torch.save(value, path)
         with pytest.raises(CheckpointError, match="holds no named tensors"):
             open_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"weights",
+        b"\x80\x02.",  # ends with nothing on the stack
+        b"\x80\x02h\x05.",  # recalls what was never stored
+        b"\x80\x02K\x01a.",  # appends to nothing
+        b"\x80\x02X\xff\xff\xff\xffab",  # a text longer than the file
+        b"PK\x03\x04" + bytes(60),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_what_is_no_file_of_weights_is_told_in_one_line(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_tensors(path)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{path}: ")
+    assert len(message) >= len(f"{path}: is empty")

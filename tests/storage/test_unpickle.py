@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint.checkpoints.unpickle import StandIn, StoredTensor, read_pickle
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.unpickle import StandIn, StoredTensor, read_pickle
 
 FORMS = pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint.checkpoints.archive import StoredArchive
-from mezzotint.checkpoints.pickle_machine import Malformed, StandIn, run
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.archive import StoredArchive
+from mezzotint.storage.pickle_machine import Malformed, StandIn, run
 
 __all__ = ["StandIn", "StoredTensor", "read_pickle"]
 
