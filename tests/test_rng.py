@@ -1,11 +1,12 @@
 """Noise depends on its key alone."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from mezzotint.rng import INITIAL, SampleNoise, keyed_generator, mix
+from mezzotint.rng import INITIAL, SampleNoise, VariedNoise, keyed_generator, mix, slerp
 
 SHAPE = (4, 8, 8)
 
@@ -80,3 +81,22 @@ def test_mix_tells_keys_apart() -> None:
 def test_any_integer_is_a_key(key: int) -> None:
     assert 0 <= mix(key) < 2**63
     keyed_generator(key)
+
+
+def test_slerp_keeps_both_ends_exactly_and_the_angle_evenly() -> None:
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert torch.equal(slerp(a, b, 0.0), a)
+    assert torch.equal(slerp(a, b, 1.0), b)
+    third = torch.tensor([math.sqrt(3.0), 1.0])  # 30 of 90 degrees
+    torch.testing.assert_close(slerp(a, b, 1 / 3), third)
+    assert torch.equal(slerp(a, a, 0.3), a)
+
+
+def test_varied_noise_turns_the_start_alone_and_sample_by_sample() -> None:
+    plain, other = SampleNoise([7, 7]), SampleNoise([3, 4])
+    varied = VariedNoise([7, 7], [3, 4], 0.25)
+    shape = (2, 16, 16)
+    start = varied.normal(shape)
+    assert torch.equal(start[1], slerp(plain.normal(shape)[1], other.normal(shape)[1], 0.25))
+    assert torch.equal(varied.normal(shape, step=2), plain.normal(shape, step=2))
+    assert abs(float(start.std()) - 1.0) < 0.1  # 1024 draws of two seeds: three deviations

@@ -183,13 +183,16 @@ class LatentDiffusion(nn.Module):
         """Normalised latents ``(B, C, h, w)`` to images ``(B, 3, H, W)``, about [-1, 1]."""
         return self.first_stage.decode(self.normalization.denormalize(latents))
 
-    def predict(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def predict(
+        self, x: Tensor, timestep: Tensor, cond: Conditioning, *, guidance: Tensor | None = None
+    ) -> Tensor:
         """Run the UNet: epsilon_theta(z_t, t, tau_theta(y)), paper eq. 3.
 
         Args:
             x: ``(B, C, h, w)`` variance-preserving noisy latents.
             timestep: ``(B,)`` in [0, T).
             cond: The conditions; ``concat`` is joined to ``x`` along the channels.
+            guidance: ``(B,)`` scale of guidance, for networks that were distilled with it.
         """
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
@@ -199,6 +202,7 @@ class LatentDiffusion(nn.Module):
             context=cond.crossattn,
             context_mask=cond.crossattn_mask,
             vector=cond.vector,
+            guidance=guidance,
         )
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["SampleNoise", "keyed_generator", "mix"]
+__all__ = ["SampleNoise", "VariedNoise", "keyed_generator", "mix", "slerp"]
 
 _MASK = (1 << 64) - 1
 INITIAL = -1  # the step under which a picture's starting noise is drawn
@@ -67,3 +67,46 @@ class SampleNoise:
                 for seed in self.seeds
             ]
         )
+
+
+class VariedNoise(SampleNoise):
+    """Noise whose start is turned a part of the way towards that of other seeds.
+
+    Args:
+        seeds: One seed per sample of the batch.
+        towards: Another for each.
+        amount: From 0, the noise of ``seeds``, to 1, the starting noise of ``towards``.
+    """
+
+    def __init__(self, seeds: Sequence[int], towards: Sequence[int], amount: float) -> None:
+        super().__init__(seeds)
+        self.towards = SampleNoise(towards)
+        self.amount = amount
+
+    def normal(self, shape: Sequence[int], step: int = INITIAL, draw: int = 0) -> Tensor:
+        """Draw standard normal noise; see `SampleNoise.normal`."""
+        noise = super().normal(shape, step, draw)
+        if step != INITIAL:
+            return noise
+        ends = self.towards.normal(shape, step, draw)
+        return torch.stack([slerp(a, b, self.amount) for a, b in zip(noise, ends, strict=True)])
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Go from ``a`` (t = 0) to ``b`` (t = 1) along the great circle (Shoemake 1985).
+
+    Between two draws of normal noise the straight way leads through tensors that are too short to
+    be noise; this one keeps their length, and both ends exactly.
+
+    Args:
+        a: Any shape.
+        b: The same shape.
+        t: From 0 to 1.
+    """
+    wide_a, wide_b = a.double(), b.double()
+    cosine = (wide_a * wide_b).sum() / (wide_a.norm() * wide_b.norm())
+    angle = torch.acos(cosine.clamp(-1.0, 1.0))
+    if float(angle.sin()) < 1e-6:  # the same direction: the circle is a point
+        return torch.lerp(a, b, t)
+    from_a, from_b = ((1.0 - t) * angle).sin(), (t * angle).sin()
+    return ((from_a * wide_a + from_b * wide_b) / angle.sin()).to(a.dtype)

@@ -32,13 +32,47 @@ SURFACE = {
         "--spacing",
         "--guidance-scale",
         "--eta",
+        "--from",
+        "--variation-seed",
+        "--variation-strength",
+        "--negative",
+        "--emphasis",
+        "--clip-skip",
+        "--adapter",
+        "--image",
+        "--mask",
+        "--strength",
+        "--padding",
+        "--map",
+        "--layout",
         "--size",
+        "--high-res",
+        "--high-res-strength",
+        "--upscaler",
+        "--tiling",
+        "--tiled-decoding",
         "--precision",
         "--device",
+        "--config",
+        "--family",
+        "--prediction",
+        "--weights",
         "--batch-size",
         "--strip",
         "--output",
         "-o",
+    },
+    "inspect": {"file", "--json", "--hash", "--config", "--family", "--prediction"},
+    "convert": {
+        "source",
+        "target",
+        "--to",
+        "--precision",
+        "--weights",
+        "--config",
+        "--family",
+        "--prediction",
+        "--overwrite",
     },
     "evaluate": {
         "model",
@@ -91,7 +125,7 @@ SURFACE = {
         "--output",
         "-o",
     },
-    "replay": {"image", "--model", "--device", "--output", "-o"},
+    "replay": {"image", "--model", "--device", "--output", "-o", "--input"},
     "doctor": set[str](),
 }
 
@@ -195,7 +229,7 @@ def test_wrong_usage_ends_with_two(run: Run, arguments: list[str], told: str) ->
         (["--size", "64x"], "--size '64x': expected pixels, as in 64 or 64x48"),
         (["--size", "0"], "\n"),
         (["--class", "fruit"], "request: class_label: not for the task 'text-to-image'"),
-        (["-o", "apple.jpg"], "--output apple.jpg: pictures are written as PNG; name it *.png"),
+        (["-o", "apple.gif"], "--output apple.gif: expected a folder, or a file named *.png"),
         (["--device", "gpu"], "device 'gpu': did you mean 'cpu'?"),
         (["--precision", "bf16"], "precision 'bf16': did you mean 'bfloat16'?"),
     ],
@@ -259,7 +293,7 @@ def test_a_recipe_file_that_is_no_recipe_is_told(run: Run) -> None:
 def test_a_picture_without_a_request_cannot_be_replayed(run: Run, name: str) -> None:
     Image.new("RGB", (8, 8)).save(name)
     assert one_line(run("replay", name)) == (
-        f"{name}: holds no generation request; only PNGs drawn by Mezzotint can be replayed"
+        f"{name}: holds no generation request; only pictures drawn by Mezzotint can be replayed"
     )
     assert one_line(run("replay", "none.png")) == "none.png: no such file"
     assert not Path("outputs").exists()

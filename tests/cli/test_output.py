@@ -32,11 +32,20 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_where_pictures_go(tmp_path: Path) -> None:
     assert picture_path(None, "apple-0") == Path("outputs/apple-0.png")
     assert picture_path(tmp_path / "new", "apple-0") == tmp_path / "new/apple-0.png"
-    assert picture_path(tmp_path / "mine.PNG", "apple-0") == tmp_path / "mine.PNG"
-    (tmp_path / "folder.png").mkdir()
-    assert picture_path(tmp_path / "folder.png", "a").parent == tmp_path / "folder.png"
+    assert picture_path(tmp_path / "v1.5", "apple-0") == tmp_path / "v1.5/apple-0.png"
+    for name in ("mine.PNG", "mine.jpg", "mine.jpeg", "mine.webp"):
+        assert picture_path(tmp_path / name, "apple-0") == tmp_path / name
+        (tmp_path / name).touch()
+        assert picture_path(tmp_path / name, "apple-0").name == name.replace(".", "-2.")
+    (tmp_path / "folder.jpg").mkdir()
+    assert picture_path(tmp_path / "folder.jpg", "a") == tmp_path / "folder.jpg/a.png"
 
 
 def test_other_formats_are_refused() -> None:
-    with pytest.raises(RequestError, match="pictures are written as PNG"):
-        picture_path(Path("apple.jpg"), "apple")
+    with pytest.raises(RequestError) as caught:
+        picture_path(Path("apple.gif"), "apple")
+    assert str(caught.value) == (
+        "--output apple.gif: expected a folder, or a file named *.png, *.jpg, *.jpeg, *.webp"
+    )
+    with pytest.raises(RequestError, match=r"or a file named \*\.png$"):
+        picture_path(Path("apple.jpg"), "apple", suffixes=(".png",))

@@ -14,7 +14,7 @@ from mezzotint.cli.main import app
 from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.generation.metadata import read_request, write_png
+from mezzotint.generation.metadata import read_request, write_image
 from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import IdentityFirstStage, IdentityFirstStageConfig
 from mezzotint.models.unet import UNet, UNetConfig
@@ -110,17 +110,17 @@ def test_replay_says_by_how_much_a_picture_differs(model: Path) -> None:
     assert drawn.stdout == "a.png\n"
     changed = pixels("a.png").copy()
     changed[0, 0, 0] = changed[0, 0, 0] ^ 128
-    write_png(Image.fromarray(changed), read_request(Path("a.png")), Path("b.png"))
+    write_image(Image.fromarray(changed), read_request(Path("a.png")), Path("b.png"))
     assert mezzotint("replay", "b.png").stdout.splitlines()[1] == "differs by up to 128 of 255"
     request = read_request(Path("a.png"))
-    write_png(Image.new("RGB", (4, 4)), request, Path("c.png"))
+    write_image(Image.new("RGB", (4, 4)), request, Path("c.png"))
     assert mezzotint("replay", "c.png").stdout.splitlines()[1] == "differs in size"
 
 
 def test_replay_finds_a_model_that_has_moved(model: Path, tmp_path: Path) -> None:
     mezzotint("sample", model, "--class", "0", "--steps", 2, "-o", "a.png")
     request = read_request(Path("a.png")).model_copy(update={"model": str(tmp_path / "gone")})
-    write_png(Image.open("a.png"), request, Path("b.png"))
+    write_image(Image.open("a.png"), request, Path("b.png"))
     assert isinstance(mezzotint("replay", "b.png").exception, CheckpointError)
     again = mezzotint("replay", "b.png", "--model", model)
     assert again.stdout.splitlines()[1] == "the same, bit for bit"

@@ -109,6 +109,25 @@ def test_unknown_class_names_the_nearest():
         conditioner.index_of(2)
 
 
+def test_a_thousand_classes_have_a_thousand_and_one_rows_the_last_of_which_is_the_null():
+    names = tuple(str(number) for number in range(1000))
+    conditioner = ClassConditioner(ClassConditionerConfig(width=8, class_names=names))
+    assert conditioner.embedding.weight.shape == (1001, 8)
+    assert torch.equal(conditioner.null(1).crossattn[0, 0], conditioner.embedding.weight[1000])
+    assert [conditioner.index_of(label) for label in (0, "999", 207)] == [0, 999, 207]
+    with pytest.raises(
+        RequestError, match=r"did you mean '100'\? .*, … \(1000 classes in all\)"
+    ) as e:
+        conditioner.index_of(1000)
+    assert len(str(e.value)) < 160
+
+
+def test_a_digit_that_is_no_number_is_an_unknown_class():
+    conditioner = ClassConditioner(ClassConditionerConfig(width=8, class_names=("hat", "shoe")))
+    with pytest.raises(RequestError, match="unknown class '²'"):
+        conditioner.index_of("²")
+
+
 def test_a_prompt_to_a_class_only_model_says_what_it_wants():
     conditioner = ClassConditioner(ClassConditionerConfig(width=8, class_names=("hat", "shoe")))
     with pytest.raises(RequestError, match="wants a class .*was given a prompt"):

@@ -1,6 +1,6 @@
-"""The prompt grammar, against an evaluation of it that shares no code."""
+"""The prompt grammar by hand; tests/parity holds it against an evaluation that shares no code."""
 
-import random
+import time
 
 import pytest
 
@@ -12,8 +12,6 @@ from mezzotint.conditioning.prompts import (
     split_adapters,
 )
 from mezzotint.errors import RequestError
-
-Letters = list[tuple[str, float]]  # each letter with its weight
 
 BY_HAND: dict[str, list[list[tuple[str, float]]]] = {
     "": [[]],
@@ -63,96 +61,6 @@ BY_HAND: dict[str, list[list[tuple[str, float]]]] = {
 }
 
 
-def corpus() -> list[str]:
-    """Prompts by hand, and others put together by chance from what the grammar knows."""
-    words = ["cat,", "dog", "BREAK", "(", ")", "[", "]", "\\(", "\\]", "\\\\", "\\", ":", "1.3"]
-    words += [":1.3)", ":0.5)", ":-1)", ":.)", "red", "猫", "🚀", "a.b", "é"]
-    chance = random.Random(0)
-    drawn = {
-        "".join(chance.choice(words) + chance.choice(["", " ", "  "]) for _ in range(length))
-        for length in range(1, 40)
-        for _ in range(20)
-    }
-    many = ["word " * 300, "(" * 50 + "deep" + ")" * 50, "a, " * 120]
-    return [*BY_HAND, *many, *sorted(drawn)]
-
-
-def read_letter_by_letter(prompt: str) -> list[Letters]:
-    """Evaluate the grammar by hand and eye, one letter after the other."""
-    letters: list[str] = []
-    weights: list[float] = []
-    runs: list[int] = []  # BREAK is a word within one run of plain letters
-    rounds: list[int] = []
-    squares: list[int] = []
-    at = run = 0
-
-    def say(text: str) -> None:
-        letters.extend(text)
-        weights.extend(1.0 for _ in text)
-        runs.extend(run for _ in text)
-
-    def scale(start: int, factor: float) -> None:
-        for k in range(start, len(weights)):
-            weights[k] *= factor
-
-    while at < len(prompt):
-        letter, rest = prompt[at], prompt[at + 1 :]
-        at += 1
-        if letter not in "\\()[]:":
-            say(letter)
-            continue
-        run += 1
-        told, closed, _ = rest.partition(")")
-        digits = told.strip().removeprefix("-").removeprefix("+")
-        if letter == "\\":
-            if rest[:1] and rest[0] in "()[]\\":
-                say(rest[0])
-                at += 1
-        elif letter == "(":
-            rounds.append(len(letters))
-        elif letter == "[":
-            squares.append(len(letters))
-        elif letter == ")" and rounds:
-            scale(rounds.pop(), 1.1)
-        elif letter == "]" and squares:
-            scale(squares.pop(), 1 / 1.1)
-        elif letter == ":" and rounds and closed and digits and set(digits) <= set(".0123456789"):
-            at += len(told) + 1
-            if digits.strip(".") and digits.count(".") <= 1:
-                scale(rounds.pop(), float(told))
-            else:
-                say(f":{told})")
-        else:
-            say(letter)
-        run += 1
-    for start in rounds:
-        scale(start, 1.1)
-    for start in squares:
-        scale(start, 1 / 1.1)
-    return cut_at_breaks(letters, weights, runs)
-
-
-def cut_at_breaks(letters: list[str], weights: list[float], runs: list[int]) -> list[Letters]:
-    parts: list[Letters] = [[]]
-    for number in sorted(set(runs)):
-        places = [k for k, other in enumerate(runs) if other == number]
-        text = "".join(letters[k] for k in places)
-        word = [c.isalnum() or c == "_" for c in text] + [False]
-        k = 0
-        while k < len(text):
-            if text[k : k + 5] == "BREAK" and not (k and word[k - 1]) and not word[k + 5]:
-                blanks = k - len(text[:k].rstrip())
-                del parts[-1][len(parts[-1]) - min(blanks, len(parts[-1])) :]
-                parts.append([])
-                k += 5
-                while k < len(text) and text[k].isspace():
-                    k += 1
-            else:
-                parts[-1].append((text[k], weights[places[k]]))
-                k += 1
-    return parts
-
-
 @pytest.mark.parametrize("prompt", list(BY_HAND))
 def test_prompts_by_hand(prompt: str) -> None:
     parts = parse_prompt(prompt)
@@ -163,18 +71,22 @@ def test_prompts_by_hand(prompt: str) -> None:
     assert weights == pytest.approx([weight for part in BY_HAND[prompt] for _, weight in part])
 
 
-def test_a_corpus_against_an_independent_evaluation() -> None:
-    prompts = corpus()
-    assert len(prompts) >= 200 and sum("BREAK" in prompt for prompt in prompts) >= 100
-    for prompt in prompts:
-        expected = read_letter_by_letter(prompt)
-        found = [[(c, f.weight) for f in part for c in f.text] for part in parse_prompt(prompt)]
-        assert [[c for c, _ in part] for part in found] == [
-            [c for c, _ in part] for part in expected
-        ], prompt
-        assert [w for part in found for _, w in part] == pytest.approx(
-            [w for part in expected for _, w in part]
-        ), prompt
+def test_brackets_that_undo_one_another_leave_exactly_one() -> None:
+    for depth in range(1, 20):
+        prompt = "(" * depth + "[" * depth + "a" + "]" * depth + ")" * depth
+        assert [[f.weight for f in part] for part in parse_prompt(prompt + " b")] == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["(a" * 50_000, "(a" * 50_000 + ":1.0001)" * 50_000, "([a" * 30_000 + ")]" * 30_000],
+)
+def test_deep_brackets_take_linear_time(prompt: str) -> None:
+    began = time.perf_counter()
+    parts = parse_prompt(prompt)
+    # a tenth of this here; once for each bracket and each text inside it would be over a minute
+    assert time.perf_counter() - began < 5
+    assert sum(len(f.text) for part in parts for f in part) == prompt.count("a")
 
 
 def code(text: str) -> list[int]:
@@ -217,6 +129,23 @@ def test_weights_stay_with_their_tokens() -> None:
         Chunk(tuple(code("abc")), (1.0, 1.0, 1.5)),
         Chunk(tuple(code("de")), (1.5, 1.0)),
     ]
+
+
+def test_words_of_several_tokens_stay_in_one_chunk() -> None:
+    def tokens(text: str) -> list[int | tuple[int, ...]]:
+        return [(7, 8, 9) if letter == "W" else ord(letter) for letter in text]
+
+    def lengths(prompt: str, size: int = 75) -> list[int]:
+        chunks = chunk_tokens(parse_prompt(prompt), tokens, ord(","), size=size)
+        assert sum(7 in chunk.tokens and 9 not in chunk.tokens for chunk in chunks) == (size < 3)
+        return [len(chunk.tokens) for chunk in chunks]
+
+    assert lengths("a" * 72 + "W") == [75]
+    assert lengths("a" * 73 + "W") == [73, 3]
+    assert lengths("a" * 75 + "Wa") == [75, 4]
+    # first the thought is moved, then there is room
+    assert lengths("a" * 60 + "," + "b" * 14 + "W") == [61, 17]
+    assert lengths("W", size=2) == [2, 1]
 
 
 def test_adapters_are_taken_out() -> None:

@@ -3,10 +3,20 @@
 from typing import get_args
 
 import pytest
+import torch
 
-from mezzotint.diffusion.names import DIFFUSERS, SPACING_LABELS, WEB_UI, find_sampler
+from mezzotint.diffusion.names import (
+    AUTOMATIC_SPACINGS,
+    DIFFUSERS,
+    SPACING_LABELS,
+    WEB_UI,
+    find_sampler,
+    find_spacing,
+    spacing_label,
+    web_ui_label,
+)
 from mezzotint.diffusion.samplers import SAMPLERS
-from mezzotint.diffusion.schedule import SPACINGS
+from mezzotint.diffusion.schedule import SPACINGS, NoiseSchedule, ScheduleConfig
 from mezzotint.errors import RequestError
 from mezzotint.generation.request import GenerationRequest
 
@@ -15,7 +25,8 @@ TEXT = {"task": "text-to-image", "prompt": "a red apple"}
 
 def test_every_name_is_of_a_sampler_that_is_there() -> None:
     assert set(WEB_UI.values()) | set(DIFFUSERS.values()) == set(SAMPLERS)
-    assert set(SPACING_LABELS.values()) <= set(SPACINGS)
+    assert set(SPACING_LABELS.values()) == set(AUTOMATIC_SPACINGS.values()) | set(SPACINGS)
+    assert set(AUTOMATIC_SPACINGS) <= set(SAMPLERS)
 
 
 def test_the_request_knows_every_spacing() -> None:
@@ -41,6 +52,34 @@ def test_names_of_other_software(name: str, sampler: str, spacing: str | None) -
     assert find_sampler(name) == (sampler, spacing)
     request = GenerationRequest.from_dict(TEXT | {"sampler": name})
     assert (request.sampler, request.spacing) == (sampler, spacing)
+
+
+def test_spacings_by_label_and_by_our_name() -> None:
+    for spacing in SPACINGS:
+        assert find_spacing(spacing_label(spacing)) == find_spacing(spacing) == spacing
+    assert find_spacing("SGMUniform") == find_spacing(" sgm  UNIFORM") == "sgm_uniform"
+    assert (spacing_label("linspace"), find_spacing("Normal")) == ("Uniform", "linspace")
+    assert find_spacing("Automatic") is find_spacing("Beta") is find_spacing("") is None
+
+
+def test_labels_of_samplers() -> None:
+    assert all(web_ui_label(sampler) == label for label, sampler in WEB_UI.items())
+    assert web_ui_label("ddpm") == "ddpm"
+
+
+@pytest.mark.parametrize("steps", [10, 25, 40, 50])
+def test_levels_of_the_web_uis_are_ours(steps: int) -> None:
+    """Where the steps divide the 1000 training times; by the formulas that the labels stand for."""
+    schedule = NoiseSchedule(ScheduleConfig(steps_offset=1))
+    every = 1000 // steps
+    times = {
+        "Simple": [999 - k * every for k in range(steps)],
+        "DDIM": [1 + k * every for k in reversed(range(steps))],
+    }
+    for label, visited in times.items():
+        sigmas = SAMPLERS["euler"].sigmas(schedule, steps, SPACING_LABELS[label])  # type: ignore[arg-type]
+        expected = torch.cat([schedule.sigmas[visited], torch.zeros(1)]).float()
+        assert torch.allclose(sigmas, expected, rtol=1e-6, atol=0), label
 
 
 def test_a_spacing_that_is_asked_for_stands() -> None:

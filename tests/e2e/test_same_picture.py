@@ -9,7 +9,7 @@ from PIL import Image
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import generate, generate_each
-from mezzotint.generation.metadata import read_request, write_png
+from mezzotint.generation.metadata import read_request, write_image
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.generation.replay import replay
 
@@ -41,7 +41,7 @@ def test_replay_is_bit_for_bit(text_run, tmp_path, precision, index):
         "a rocket", num_images=5, batch_size=3, seed=11, steps=3, sampler="euler_ancestral"
     )
     path = tmp_path / "picture.png"
-    write_png(drawn[index].image, drawn[index].request, path)
+    write_image(drawn[index].image, drawn[index].request, path)
     again = replay(path)
     assert again.image.tobytes() == drawn[index].image.tobytes()
     assert again.request == drawn[index].request == read_request(path)
@@ -52,14 +52,14 @@ def test_a_picture_drawn_beside_other_captions_is_replayed(text_run, tmp_path):
     prompts = ["a red apple", "a very long caption about a blue car", "", "a robot"]
     requests = [pipeline.request(prompt=p, seed=k, steps=3) for k, p in enumerate(prompts)]
     for item in generate_each(pipeline, requests):
-        write_png(item.image, item.request, tmp_path / "picture.png")
+        write_image(item.image, item.request, tmp_path / "picture.png")
         assert replay(tmp_path / "picture.png").image.tobytes() == item.image.tobytes()
 
 
 def test_replay_refuses_a_model_with_another_schedule(text_run, tmp_path):
     model = shutil.copytree(text_run / "model", tmp_path / "model")
     drawn = load(model).generate("a rocket", steps=1)
-    write_png(drawn[0].image, drawn[0].request, tmp_path / "picture.png")
+    write_image(drawn[0].image, drawn[0].request, tmp_path / "picture.png")
     schedule = model / "scheduler" / "scheduler_config.json"
     schedule.write_text(schedule.read_text().replace("0.00085", "0.0008"))
     with pytest.raises(RequestError, match="drawn by a model with the hash"):
@@ -75,7 +75,7 @@ def test_a_request_for_another_task_is_refused(text_run, class_run):
 def test_replay_refuses_another_model(text_run, class_run, tmp_path):
     drawn = load(text_run).generate("a rocket", steps=1)
     path = tmp_path / "picture.png"
-    write_png(drawn[0].image, drawn[0].request, path)
+    write_image(drawn[0].image, drawn[0].request, path)
     with pytest.raises(RequestError, match="name the right one with --model"):
         replay(path, model=str(class_run))
 

@@ -1,6 +1,5 @@
 """Grids and strips: where each picture stands, and that a strip's ends are real pictures."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from mezzotint.evaluation.grids import (
     interpolation_strip,
     labelled_rows,
     reconstruction_grid,
-    slerp,
 )
 from mezzotint.generation.generate import (
     decode_latents,
@@ -93,15 +91,6 @@ def test_reconstructions_stand_below_their_originals_with_their_errors() -> None
     assert not found[2, 0].any()
     assert (found[4, 2] == 255).all()
     assert cells(reconstruction_grid(originals, {"near": near}), 3, 2).shape[0] == 2
-
-
-def test_slerp_keeps_both_ends_exactly_and_the_angle_evenly() -> None:
-    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
-    assert torch.equal(slerp(a, b, 0.0), a)
-    assert torch.equal(slerp(a, b, 1.0), b)
-    third = torch.tensor([math.sqrt(3.0), 1.0])  # 30 of 90 degrees
-    torch.testing.assert_close(slerp(a, b, 1 / 3), third)
-    assert torch.equal(slerp(a, a, 0.3), a)
 
 
 def test_noise_between_two_seeds_is_still_noise() -> None:

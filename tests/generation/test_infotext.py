@@ -10,145 +10,410 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mezzotint.conditioning.prompts import split_adapters
+from mezzotint.diffusion.names import AUTOMATIC_SPACINGS
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import RequestError
-from mezzotint.generation.infotext import (
-    parse_infotext,
-    request_from_infotext,
-    write_infotext,
+from mezzotint.generation.infotext import parse_infotext, write_infotext
+from mezzotint.generation.infotext_request import ignored_fields, request_from_infotext
+from mezzotint.generation.metadata import write_image
+from mezzotint.generation.request import (
+    AdapterUse,
+    GenerationRequest,
+    HighRes,
+    InputImage,
+    Resolved,
 )
-from mezzotint.generation.metadata import write_png
-from mezzotint.generation.request import GenerationRequest, Resolved
 
 LINE = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, Model: sd-v1-5"
-PLAIN = {
+PLAIN: dict[str, Any] = {
+    "task": "text-to-image",
+    "prompt": "a",
     "steps": 20,
     "sampler": "euler_ancestral",
-    "spacing": None,
+    "spacing": "linspace",
     "guidance_scale": 7.0,
     "seed": 1,
     "width": 512,
     "height": 768,
     "model": "sd-v1-5",
 }
-
-# texts as they are met, and what differs from PLAIN
-TEXTS: list[tuple[str, dict[str, Any]]] = [
-    (f"a red apple\n{LINE}", {"prompt": "a red apple"}),
-    (
-        f"a red apple\nNegative prompt: leaves, (worm:1.3)\n{LINE}",
-        {"prompt": "a red apple", "negative_prompt": "leaves, (worm:1.3)"},
-    ),
-    (f"first line\nsecond line\n{LINE}", {"prompt": "first line\nsecond line"}),
-    (
-        f"a\nNegative prompt: b\nc\n{LINE}",
-        {"prompt": "a", "negative_prompt": "b\nc"},
-    ),
-    (f"\n\n  a  \n{LINE}\n\n", {"prompt": "a"}),
-    (f"a\n\nb\n{LINE}", {"prompt": "a\n\nb"}),
-    (LINE, {"prompt": ""}),
-    (f"Negative prompt: b\n{LINE}", {"prompt": "", "negative_prompt": "b"}),
-    # what looks like parameters in a prompt is the prompt
-    (f"ratio: 2, view: top, x\n{LINE}", {"prompt": "ratio: 2, view: top, x"}),
-    (f"猫が好き 🍎\n{LINE}", {"prompt": "猫が好き 🍎"}),
-    (f'a <lora:ink:0.8>\n{LINE}, Lora hashes: "ink: 1a2b, b: 3c"', {"prompt": "a <lora:ink:0.8>"}),
-    (f"a\n{LINE}, Clip skip: 2, Version: v1.10.1", {"prompt": "a"}),
-    (
-        f"a\n{LINE.replace('Euler a', 'DPM++ 2M Karras')}",
-        {"prompt": "a", "sampler": "dpmpp_2m", "spacing": "karras"},
-    ),
-    (
-        f"a\n{LINE.replace('Euler a', 'DPM++ 2M')}, Schedule type: Exponential",
-        {"prompt": "a", "sampler": "dpmpp_2m", "spacing": "exponential"},
-    ),
-    (f"a\n{LINE}, Schedule type: Automatic", {"prompt": "a"}),
-    (
-        f"a\n{LINE.replace('sd-v1-5', json.dumps('my, model: v2'))}",
-        {"prompt": "a", "model": "my, model: v2"},
-    ),
-    (
-        f"a\n{LINE.replace('CFG scale: 7', 'CFG scale: 7.5')}",
-        {"prompt": "a", "guidance_scale": 7.5},
-    ),
-    (f"a\n{LINE}, ", {"prompt": "a"}),
-    (
-        f"a\n{LINE}, Hires upscale: 2, Hires upscaler: Latent, Denoising strength: 0.7",
-        {"prompt": "a"},
-    ),
-    (f"a\r\n{LINE}", {"prompt": "a"}),
-    (f'a "quoted" b\n{LINE}, Template: "a \\"b\\" c\\nd"', {"prompt": 'a "quoted" b'}),
-]
+IMAGE = InputImage(sha256="a" * 64, path="apple.png")
+MASK = InputImage(sha256="b" * 64)
 
 
-@pytest.mark.parametrize(("text", "differs"), TEXTS)
+def line(**changes: str) -> str:
+    """The line of parameters with some of its values changed, and what is new at its end."""
+    fields = dict(field.split(": ", 1) for field in LINE.split(", "))
+    fields |= {name.replace("_", " "): value for name, value in changes.items()}
+    return ", ".join(f"{name}: {value}" for name, value in fields.items())
+
+
+def hires(**fields: str) -> str:
+    more = {"Denoising_strength": "0.5", "Hires_upscale": "1.5", "Hires_upscaler": "Latent"}
+    return line(**(more | fields))
+
+
+# texts as they are met, and in what the request differs from PLAIN
+TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": (f"a red apple\n{LINE}", {"prompt": "a red apple"}),
+    "negative": (
+        f"a\nNegative prompt: leaves, (worm:1.3)\n{LINE}",
+        {"negative_prompt": "leaves, (worm:1.3)"},
+    ),
+    "lines": (f"first line\nsecond line\n{LINE}", {"prompt": "first line\nsecond line"}),
+    "negative lines": (f"a\nNegative prompt: b\nc\n{LINE}", {"negative_prompt": "b\nc"}),
+    "blanks around": (f"\n\n  a  \n{LINE}\n\n", {}),
+    "blank line within": (f"a\n\nb\n{LINE}", {"prompt": "a\n\nb"}),
+    "no prompt": (LINE, {"prompt": ""}),
+    "negative only": (f"Negative prompt: b\n{LINE}", {"prompt": "", "negative_prompt": "b"}),
+    "prompt like parameters": (
+        f"Steps: 2, view: top, ratio: 1x2\n{LINE}",
+        {"prompt": "Steps: 2, view: top, ratio: 1x2"},
+    ),
+    "unicode": (f"猫が好き 🍎\n{LINE}", {"prompt": "猫が好き 🍎"}),
+    "carriage returns": (f"a\r\nNegative prompt: b\r\n{LINE}\r\n", {"negative_prompt": "b"}),
+    "quotes in the prompt": (f'a "b" \\(c\\)\n{LINE}', {"prompt": 'a "b" \\(c\\)'}),
+    "adapters": (
+        f'a <lora:ink:0.8>\n{LINE}, Lora hashes: "ink: 1a2b, b: 3c"',
+        {"prompt": "a <lora:ink:0.8>"},
+    ),
+    "quoted comma and colon": (
+        f"a\n{line(Model=json.dumps('my, model: v2'))}",
+        {"model": "my, model: v2"},
+    ),
+    "quoted quotes and lines": (
+        f'a\n{LINE}, Template: "a \\"b\\", c: d\\ne", Tiling: True',
+        {"tiling": True},
+    ),
+    "trailing comma": (f"a\n{LINE}, ", {}),
+    "clip skip": (f"a\n{LINE}, Clip skip: 2, Version: v1.10.1", {"clip_skip": 2}),
+    "clip skip from the end": (f"a\n{LINE}, Clip skip: -2", {"clip_skip": 2}),
+    "fraction of guidance": (f"a\n{line(CFG_scale='7.5')}", {"guidance_scale": 7.5}),
+    "floats for whole numbers": (f"a\n{line(Steps='20.0', Seed='3.0')}", {"seed": 3}),
+    "any seed": (f"a\n{line(Seed='-1')}", {"seed": 0}),
+    "a large seed": (f"a\n{line(Seed='1152921504606846977')}", {"seed": 2**60 + 1}),
+    "odd size": (f"a\n{line(Size='513x767')}", {"width": 513, "height": 767}),
+    "spacing in the sampler": (
+        f"a\n{line(Sampler='DPM++ 2M Karras')}",
+        {"sampler": "dpmpp_2m", "spacing": "karras"},
+    ),
+    "spacing": (
+        f"a\n{line(Sampler='DPM++ 2M', Schedule_type='SGM Uniform')}",
+        {"sampler": "dpmpp_2m", "spacing": "sgm_uniform"},
+    ),
+    "spacing in small letters": (f"a\n{LINE}, Schedule type: karras", {"spacing": "karras"}),
+    "automatic spacing": (
+        f"a\n{line(Sampler='DPM++ 2M SDE', Schedule_type='Automatic')}",
+        {"sampler": "dpmpp_2m_sde", "spacing": "exponential"},
+    ),
+    "spacing not said": (
+        f"a\n{line(Sampler='DPM++ SDE')}, Version: f2.0.1v1.10.1-previous-313-g8a042934",
+        {"sampler": "dpmpp_sde", "spacing": "karras"},
+    ),
+    "spacing not said, long ago": (
+        f"a\n{line(Sampler='DPM++ 2M')}, Version: v1.6.0-2-g4afaaf8a",
+        {"sampler": "dpmpp_2m", "spacing": "linspace"},
+    ),
+    "ddim": (
+        f"a\n{line(Sampler='DDIM')}, Eta DDIM: 0.5",
+        {"sampler": "ddim", "spacing": "leading", "eta": 0.5},
+    ),
+    "eta": (f"a\n{LINE}, Eta: 0.25", {"eta": 0.25}),
+    "variation": (
+        f"a\n{LINE}, Variation seed: 7, Variation seed strength: 0.3",
+        {"variation_seed": 7, "variation_strength": 0.3},
+    ),
+    "emphasis": (f"(a)\n{LINE}, Emphasis: No norm", {"prompt": "(a)", "emphasis": "no_norm"}),
+    # the second pass makes 20 steps as well: the last 20 of 40
+    "second pass": (
+        f"a\n{hires()}",
+        {"high_res": HighRes(scale=1.5, strength=0.5, steps=40, upscaler="latent")},
+    ),
+    # 7 steps of 14, and "None" resizes the picture
+    "second pass of fewer steps": (
+        f"a\n{hires(Hires_steps='7', Hires_upscaler='None')}",
+        {"high_res": HighRes(scale=1.5, strength=0.5, steps=14, upscaler="lanczos")},
+    ),
+    "second pass to a size": (
+        f"a\n{LINE}, Denoising strength: 1, Hires resize: 0x1536",
+        {"high_res": HighRes(scale=2.0, strength=1.0)},
+    ),
+    "second pass as once written": (
+        f"a\n{line(Size='1024x1536')}, Denoising strength: 1, First pass size: 512x768",
+        {"high_res": HighRes(scale=2.0, strength=1.0)},
+    ),
+    # which other software writes where nothing was begun from
+    "no denoising": (f"a\n{LINE}, Denoising strength: 0", {}),
+}
+
+
+@pytest.mark.parametrize(("text", "differs"), TEXTS.values(), ids=TEXTS)
 def test_texts_as_they_are_met(text: str, differs: dict[str, Any]) -> None:
-    request = request_from_infotext(text)
-    expected = {"negative_prompt": None, **PLAIN, **differs}
-    assert {name: getattr(request, name) for name in expected} == expected
-    assert request.task == "text-to-image"
+    assert request_from_infotext(text) == GenerationRequest(**(PLAIN | differs))
+
+
+@pytest.mark.parametrize(
+    ("more", "inputs", "differs"),
+    [
+        ("Denoising strength: 0.6, Init image hash: 1a2b", {"image": IMAGE}, {"strength": 0.6}),
+        ("Mask blur: 4, Denoising strength: 1", {"image": IMAGE, "mask": MASK}, {"strength": 1.0}),
+        ("Version: v1.10.1", {"image": IMAGE}, {}),
+    ],
+)
+def test_what_began_from_a_picture_needs_it(
+    more: str, inputs: dict[str, Any], differs: dict[str, Any]
+) -> None:
+    text = f"a\n{LINE}, {more}"
+    task = "inpainting" if "mask" in inputs else "image-to-image"
+    expected = GenerationRequest(**(PLAIN | inputs | differs | {"task": task}))
+    assert request_from_infotext(text, **inputs) == expected
+    if differs:
+        with pytest.raises(RequestError, match="made from another one, which its text does not"):
+            request_from_infotext(text)
+    if task == "inpainting":
+        with pytest.raises(RequestError, match="give its mask"):
+            request_from_infotext(text, image=IMAGE)
 
 
 def test_a_text_without_parameters_is_a_prompt() -> None:
     request = request_from_infotext("a red apple, Steps: 20")
-    assert request.prompt == "a red apple, Steps: 20"
-    assert request.steps == GenerationRequest(task="text-to-image", prompt="").steps
+    assert request == GenerationRequest(task="text-to-image", prompt="a red apple, Steps: 20")
 
 
-def test_fields_that_no_request_has_are_kept() -> None:
-    told = parse_infotext(f'a\n{LINE}, Lora hashes: "ink: 1a, b: 2", Hires resize: 1024x1024')
+def test_what_a_request_cannot_hold_is_told() -> None:
+    told = parse_infotext(
+        f"a\n{LINE}, Model hash: 1a, VAE: x.pt, Clip skip: 2, ENSD: 31337, RNG: NV, Eta: 0.5,"
+        ' Hires prompt: "b, c", Seed resize from: 256x256, Lora hashes: "ink: 1a, b: 2"'
+    )
     assert told.fields["Lora hashes"] == "ink: 1a, b: 2"
-    assert (told.fields["Hires resize-1"], told.fields["Hires resize-2"]) == ("1024", "1024")
-    assert told.fields["Clip skip"] == "1"
+    assert ignored_fields(told) == {
+        "VAE": "x.pt",
+        "ENSD": "31337",
+        "RNG": "NV",
+        "Hires prompt": "b, c",
+        "Seed resize from-1": "256",
+        "Seed resize from-2": "256",
+    }
+    plain = parse_infotext(f"a\n{line(Sampler='Euler')}, Eta: 0.5, Mask blur: 0, RNG: CPU")
+    assert ignored_fields(plain) == {"Eta": "0.5"}  # Euler adds no noise
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LINE.replace("Steps: 20", "Steps: many"), "Steps: expected a number, got 'many'"),
-        (LINE.replace("Euler a", "Restart"), "unknown sampler 'Restart'"),
-        (f"{LINE}, Schedule type: KL Optimal", "Schedule type: unknown 'KL Optimal'"),
-        (LINE.replace("Steps: 20", "Steps: 0"), "steps"),
+        (line(Steps="many"), "Steps: expected a number, got 'many'"),
+        (line(Steps="20.5"), "Steps: expected a whole number, got '20.5'"),
+        (line(Steps="0"), "steps: Input should be greater than or equal to 1"),
+        (line(Seed="1e999"), "Seed: expected a whole number, got '1e999'"),
+        (line(CFG_scale="nan"), "guidance_scale: "),
+        (line(Size="512 by 768"), "Size: expected pixels, as in 512x768, got '512 by 768'"),
+        (line(Sampler="Restart"), "unknown sampler 'Restart'"),
+        (line(Schedule_type="KL Optimal"), "Schedule type: unknown 'KL Optimal'; Choose from: "),
+        (line(Emphasis="Loud"), "Emphasis: unknown 'Loud'; Choose from: Ignore, No norm, None"),
+        (line(Tiling="4x"), "Tiling: unknown '4x'; Choose from: False, True"),
+        (hires(Hires_upscaler="ESRGAN_4x"), "Hires upscaler: unknown 'ESRGAN_4x'; Choose from: L"),
+        (hires(Hires_resize="1024x1024"), "1024x1024 has another shape than the first pass, 512x7"),
+        (hires(Hires_resize=f"{10**400}x1"), "Hires resize-1: expected a whole number"),
+        (hires(First_pass_size="0x0"), "First pass size: 0x0 left it to the web UI"),
+        (line(Variation_seed_strength="0.5"), "variation_strength: needs a variation_seed"),
     ],
 )
 def test_texts_that_cannot_be_drawn(text: str, message: str) -> None:
     with pytest.raises(RequestError) as caught:
-        request_from_infotext(f"a\n{text}")
+        request_from_infotext(f"a\n{text}", source="apple.png")
+    assert str(caught.value).startswith("apple.png: ")
     assert message in str(caught.value)
 
 
-def published_rule(text: str) -> dict[str, str]:
-    """The rule as it is published, for one line of prompt."""
+LABELS = [*dict(field.split(": ", 1) for field in hires().split(", ")), "Schedule type", "Version"]
+LABELS += ["Variation seed", "Variation seed strength", "Clip skip", "Tiling", "Hires steps", "Eta"]
+LABELS += ["Hires resize", "First pass size", "Mask blur"]
+VALUES = st.sampled_from(
+    ["", "0", "-1", "1", "0.5", "2", "1e-320", "1e308", "inf", "nan", "9" * 400, "0" * 5000]
+    + ["8x8", f"{'9' * 350}x0", "1x1", "Euler", "DDIM", "Karras", "True", "Latent", "v1.2", '"']
+)
+
+
+@given(st.dictionaries(st.sampled_from(LABELS), VALUES, min_size=3))
+def test_any_text_becomes_a_request_or_is_refused(fields: dict[str, str]) -> None:
+    text = "a\n" + ", ".join(f"{label}: {value}" for label, value in fields.items())
+    ignored_fields(parse_infotext(text))
+    try:
+        request = request_from_infotext(text)
+    except RequestError:
+        return
+    assert request.task == "text-to-image"
+
+
+PATTERN = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+
+
+@given(st.text(st.sampled_from('ab7é:,"\\ -/\t!'), max_size=60))
+def test_fields_are_what_the_published_pattern_finds(text: str) -> None:
+    last = f"{text}, aa: 1, bb: 2, cc: 3"
+    expected = dict(re.findall(PATTERN, last))
+    fields = dict(parse_infotext(f"x\n{last}").fields)
+    assert fields.pop("Clip skip") == "1"
+    assert set(fields) == set(expected)
+    plain = {k: v for k, v in expected.items() if v[:1] != '"'}
+    assert {k: fields[k] for k in plain} == plain
+
+
+def test_long_lines_take_no_time() -> None:
+    for letters in ("a", "a ", "\t", '"', 'aa: "', 'aa: "\\', "a:\\"):
+        assert parse_infotext("x\n" + letters * 100_000).prompt
+
+
+def published_rule(text: str) -> tuple[str, str, dict[str, str]]:
+    """The rule as it is published: prompt, negative prompt and parameters."""
     *lines, last = text.strip().split("\n")
-    pattern = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
-    fields = dict(re.findall(pattern, last))
-    return {k: json.loads(v) if v[:1] == '"' else v for k, v in fields.items()}
+    found = re.findall(PATTERN, last)
+    assert len(found) >= 3
+    prompts: list[list[str]] = [[], []]
+    for entry in map(str.strip, lines):
+        if entry.startswith("Negative prompt:"):
+            prompts.append([])
+            entry = entry.removeprefix("Negative prompt:").strip()
+        prompts[1 if len(prompts) > 2 else 0].append(entry)
+    values = {k: json.loads(v) if v[:1] == '"' else v for k, v in found}
+    return "\n".join(prompts[0]), "\n".join(prompts[1]), values
 
 
-def test_what_we_write_parses_field_for_field() -> None:
+def resolved(**changes: Any) -> Resolved:
+    fields = {
+        "model_hash": "0123456789abcdef",
+        "precision": "float32",
+        "engine": "torch",
+        "device": "cpu",
+        "threads": 1,
+        "batch_size": 4,
+        "batch_row": 2,
+        "image_index": 2,
+        "mezzotint_version": "0.1.0",
+        "torch_version": "2",
+    }
+    return Resolved(**(fields | changes))
+
+
+def test_a_png_parses_field_for_field_by_the_published_rule(tmp_path: Path) -> None:
     request = GenerationRequest(
         task="text-to-image",
-        prompt="a red apple",
-        negative_prompt="leaves",
+        prompt="a (red:1.2) apple, 猫 🍎\nits ratio: 1, <lora:ink:0.5>",
+        negative_prompt="leaves\nworms",
         seed=5,
+        variation_seed=9,
+        variation_strength=0.25,
         steps=12,
-        sampler="dpmpp_2m",
+        sampler="dpmpp_2m_sde",
         spacing="karras",
+        eta=0.5,
         guidance_scale=7.5,
-        width=512,
-        height=768,
+        width=24,
+        height=16,
         model="runs/a, b: c",
+        clip_skip=2,
+        emphasis="no_norm",
+        tiling=True,
+        adapters=(AdapterUse(name="styles/wash.v2.safetensors", weight=0.75),),
+        high_res=HighRes(scale=2.0, strength=0.5, steps=8, upscaler="lanczos"),
+        resolved=resolved(
+            adapters={
+                "ink": "1" * 64,
+                "styles/wash.v2.safetensors": "2" * 64,
+                "worms": "3" * 64,
+            }
+        ),
     )
-    text = write_infotext(request)
-    assert text.split("\n")[:2] == ["a red apple", "Negative prompt: leaves"]
-    assert published_rule(text) == {
+    write_image(Image.new("RGB", (48, 32)), request, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        text = image.info["parameters"]
+    prompt, negative, fields = published_rule(text)
+    assert prompt == "a (red:1.2) apple, 猫 🍎\nits ratio: 1, <lora:ink:0.5> <lora:wash.v2:0.75>"
+    assert negative == "leaves\nworms"
+    assert fields == {
         "Steps": "12",
-        "Sampler": "DPM++ 2M",
+        "Sampler": "DPM++ 2M SDE",
         "Schedule type": "Karras",
         "CFG scale": "7.5",
         "Seed": "5",
-        "Size": "512x768",
+        "Size": "24x16",
+        "Model hash": "0123456789",
         "Model": "runs/a, b: c",
+        "Variation seed": "11",
+        "Variation seed strength": "0.25",
+        "Denoising strength": "0.5",
+        "Clip skip": "2",
+        "RNG": "CPU",
+        "Tiling": "True",
+        "Eta": "0.5",
+        "Emphasis": "No norm",
+        "Hires upscale": "2",
+        "Hires steps": "4",
+        "Hires upscaler": "Lanczos",
+        "Lora hashes": f"ink: {'1' * 12}, wash.v2: {'2' * 12}",
+        "TI hashes": f"worms: {'3' * 12}",
+        "Version": "mezzotint 0.1.0",
     }
+    # and it comes back, but for what stands in the prompt now and which of the images it was
+    told = {"prompt": prompt, "adapters": (), "variation_seed": 11, "resolved": None}
+    assert request_from_infotext(text) == request.model_copy(update=told)
+    assert ignored_fields(parse_infotext(text)) == {}
+    assert [(item.name, item.weight) for item in split_adapters(prompt)[1]] == [
+        ("ink", 0.5),
+        ("wash.v2", 0.75),
+    ]
+
+
+def test_what_is_said_by_default() -> None:
+    request = GenerationRequest(task="text-to-image", prompt="a", seed=5, resolved=resolved())
+    _, _, fields = published_rule(write_infotext(request, (24, 16)))
+    assert fields == {
+        "Steps": "25",
+        "Sampler": "DDIM",
+        "Schedule type": "Simple",  # our default, which no web UI has for DDIM
+        "CFG scale": "3",
+        "Seed": "7",
+        "Size": "24x16",
+        "Model hash": "0123456789",
+        "RNG": "CPU",
+        "Version": "mezzotint 0.1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"task": "image-to-image"}, {"Denoising strength": "0.75"}),
+        ({"task": "image-to-image", "strength": 0.5}, {"Denoising strength": "0.5"}),
+        # a second pass of what began from a picture has no place in the text
+        (
+            {"task": "image-to-image", "strength": 0.5, "high_res": HighRes()},
+            {"Denoising strength": "0.5"},
+        ),
+        (
+            {"task": "inpainting", "mask": MASK},
+            {"Denoising strength": "1", "Mask blur": "0"},
+        ),
+        (
+            {"task": "outpainting", "padding": (8, 0, 0, 0)},
+            {"Denoising strength": "1", "Mask blur": "0"},
+        ),
+    ],
+)
+def test_what_began_from_a_picture_says_so(fields: dict[str, Any], told: dict[str, str]) -> None:
+    request = GenerationRequest(prompt="a", image=IMAGE, **fields)
+    text = write_infotext(request)
+    _, _, found = published_rule(text)
+    known = {"Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "RNG"}
+    assert {k: v for k, v in found.items() if k not in known} == told
+    with pytest.raises(RequestError, match="made from another one"):
+        request_from_infotext(text)
+
+
+def test_pictures_that_no_words_drew_have_no_text() -> None:
+    with pytest.raises(RequestError, match="has no prompt, and so no infotext"):
+        write_infotext(GenerationRequest(task="unconditional"))
 
 
 PROMPTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=40).map(
@@ -159,50 +424,35 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), ma
 @given(
     prompt=PROMPTS.filter(lambda p: not p.startswith("Negative prompt:")),
     negative=PROMPTS.filter(bool),
-    seed=st.integers(0, 2**40),
-    model=PROMPTS.filter(lambda m: m and not re.fullmatch(r"\d+x\d+|\".*\"", m)),
+    seed=st.integers(0, 2**61),
+    model=PROMPTS.filter(lambda m: not re.fullmatch(r"\d+x\d+", m)),
     sampler=st.sampled_from(sorted(SAMPLERS)),
+    spacing=st.sampled_from([None, "leading", "trailing", "linspace", "karras", "sgm_uniform"]),
     guidance=st.floats(0, 100),
 )
 def test_a_request_comes_back(
-    prompt: str, negative: str, seed: int, model: str, sampler: str, guidance: float
+    prompt: str,
+    negative: str,
+    seed: int,
+    model: str,
+    sampler: str,
+    spacing: str | None,
+    guidance: float,
 ) -> None:
-    request = GenerationRequest(
-        task="text-to-image",
-        prompt=prompt,
-        negative_prompt=negative,
-        seed=seed,
-        sampler=sampler,
-        guidance_scale=guidance,
-        model=model,
-    )
-    again = request_from_infotext(write_infotext(request))
-    assert again == request
-
-
-def test_pictures_carry_it(tmp_path: Path) -> None:
-    resolved = Resolved(
-        model_hash="0123456789abcdef",
-        precision="float32",
-        engine="torch",
-        device="cpu",
-        threads=1,
-        batch_size=4,
-        batch_row=2,
-        image_index=2,
-        mezzotint_version="0.1.0",
-        torch_version="2",
-    )
-    request = GenerationRequest(task="text-to-image", prompt="猫, 🍎", seed=5, resolved=resolved)
-    path = tmp_path / "a.png"
-    write_png(Image.new("RGB", (24, 16)), request, path)
-    with Image.open(path) as image:
-        told = parse_infotext(image.info["parameters"])
-    assert told.prompt == "猫, 🍎"
-    assert {k: told.fields[k] for k in ("Seed", "Size-1", "Size-2", "Model hash", "Version")} == {
-        "Seed": "7",
-        "Size-1": "24",
-        "Size-2": "16",
-        "Model hash": "0123456789",
-        "Version": "mezzotint 0.1.0",
+    fields = {
+        "task": "text-to-image",
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": seed,
+        "sampler": sampler,
+        "guidance_scale": guidance,
+        "model": model,
     }
+    text = write_infotext(GenerationRequest(**fields, spacing=spacing))
+    # a default is said, since the web UIs' own for the sampler is another
+    spacing = spacing or SAMPLERS[sampler].default_spacing
+    assert request_from_infotext(text) == GenerationRequest(**fields, spacing=spacing)
+
+
+def test_automatic_spacings_are_of_samplers_that_web_uis_have() -> None:
+    assert set(AUTOMATIC_SPACINGS) == set(SAMPLERS) - {"ddpm", "lcm"}

@@ -242,7 +242,7 @@ def changed_tensor(path: Path, _: Path) -> None:
     of_tensor(path, tensor(storage(), 0, (4,), (1,)) + state)
 
 
-@hostile("it changes a _Storage")
+@hostile("it changes a Storage")
 def changed_storage(path: Path, _: Path) -> None:
     of_tensor(
         path, tensor(storage() + b"}" + text("elements") + number(1 << 40) + b"sb", 0, (4,), (1,))

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL as TheirAutoencoder
 
 from mezzotint.checkpoints.folder import load_component
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.safetensors_file import write_safetensors
 from mezzotint.storage.tensors import find_weights, open_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -97,6 +98,48 @@ def test_reading_in_another_precision_leaves_whole_numbers(tmp_path: Path) -> No
     assert open_tensors(tmp_path / "a.safetensors").metadata == {"format": "pt", "note": "x"}
 
 
+def test_some_tensors_alone(tmp_path: Path) -> None:
+    state = {"a.w": torch.rand(3, 4).half(), "a.b": torch.rand(2).half(), "n": torch.arange(5)}
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pt")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        tensors = open_tensors(path)
+        read = tensors.read(torch.float32, ["n", "a.w"])
+        assert list(read) == ["n", "a.w"] and read["a.w"].dtype == torch.float32
+        assert torch.equal(read["a.w"], state["a.w"].float())
+        alone = tensors.select(["a.b"])
+        assert list(alone) == ["a.b"] and torch.equal(alone.read()["a.b"], state["a.b"])
+        whole = tensors.read(torch.bfloat16)
+        # they pass through one piece of memory, and none keeps it
+        assert all(torch.equal(whole[n], state[n].bfloat16()) for n in ("a.w", "a.b"))
+
+
+def test_what_we_write_is_what_the_package_writes(tmp_path: Path) -> None:
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+    kinds += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+    state = {str(kind): (torch.rand(3, 5) * 9).to(kind) for kind in kinds}
+    state |= {"empty": torch.zeros(0), "scalar": torch.tensor(7.0), "odd": torch.ones(3).half()}
+    path, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    entries = [(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in state.items()]
+    write_safetensors(path, entries, {"format": "pt"})
+    safetensors.torch.save_file(state, theirs, {"format": "pt"})
+    for found in (safetensors.torch.load_file(path), open_tensors(theirs).read()):
+        assert found.keys() == state.keys()
+        assert all(found[n].dtype == t.dtype for n, t in state.items())
+        assert all(torch.equal(found[n].double(), t.double()) for n, t in state.items())
+    assert open_tensors(path).metadata == {"format": "pt"}
+    assert path.stat().st_size == theirs.stat().st_size
+
+
+def test_a_file_that_shrinks_between_header_and_reading(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(1000)}, path)
+    tensors = open_tensors(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="is shorter than it was; was it changed?"):
+        tensors.read()
+
+
 def index(weight_map: object) -> str:
     return json.dumps({"metadata": {}, "weight_map": weight_map})
 
@@ -129,6 +172,7 @@ def header(content: object, data: bytes = b"", length: int | None = None) -> byt
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+TWICE = struct.pack("<Q", 17) + b'{"w": 1, "w": 2 }'
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
@@ -145,6 +189,19 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (header({"w": ONE, "v": ONE}, b"\0" * 4), "damaged"),
         (header({"w": ONE | {"dtype": "PY_OBJECT"}}, b"\0" * 4), "damaged"),
         (header([1, 2]), "damaged"),
+        (header({"w": ONE, "v": ONE | {"data_offsets": [8, 12]}}, b"\0" * 12), "damaged"),
+        (header({"w": ONE | {"data_offsets": [4, 8]}}, b"\0" * 8), "damaged"),
+        (header({"w": ONE | {"data_offsets": [-4, 0]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"shape": [1.0]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"shape": [-1, -1]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"shape": [1] * 99}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE | {"shape": [1 << 60, 0]}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE, "__metadata__": {"format": 3}}, b"\0" * 4), "damaged"),
+        (header({"w": ONE, "__metadata__": "pt"}, b"\0" * 4), "damaged"),
+        (header({"w": [1]}, b"\0" * 4), "damaged"),
+        (TWICE, "a name stands there twice"),
+        (header({"w": ONE}, b"\0" * 8), "its tensors end at byte"),
+        (struct.pack("<Q", 8000) + b"[" * 8000, "damaged"),
     ],
 )
 def test_damaged_safetensors(tmp_path: Path, content: bytes, message: str) -> None:

@@ -131,6 +131,27 @@ def test_what_lightning_leaves_in_a_checkpoint_is_inert(
     assert state["best_model_score"].read() == 0.5
 
 
+@FORMS
+def test_numbers_that_stand_for_many(tmp_path: Path, archive: bool) -> None:
+    """Embeddings that begin from one vector are saved like that."""
+    vector = torch.rand(1, 8)
+    path = tmp_path / "a.pt"
+    state = {"string_to_param": {"*": vector.expand(4, 8)}}
+    torch.save(state, path, _use_new_zipfile_serialization=archive)
+    found = read_pickle(path)["string_to_param"]["*"].read()
+    assert torch.equal(found, vector.expand(4, 8))
+    found[0] = 0  # each has memory of its own
+    assert torch.equal(found[1:], vector.expand(3, 8))
+
+
+def test_too_many_numbers_are_not_made_of_few(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    one = torch.rand(1)
+    torch.save({str(n): one.expand(1 << 20) for n in range(5)}, path)
+    with pytest.raises(CheckpointError, match="does not fit into its storage of 1 elements"):
+        read_pickle(path)
+
+
 def test_changing_a_tensor_changes_no_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"w": torch.ones(4)}, path)

@@ -19,13 +19,13 @@ from mezzotint.nn.attention import AttentionBlock
 from mezzotint.nn.embeddings import TimestepEmbedding
 from mezzotint.nn.resnet import Downsample, ResnetBlock
 
-__all__ = ["HeadOrder", "TensorMap", "first_stage_map", "unet_map"]
+__all__ = ["HeadOrder", "Rule", "TensorMap", "first_stage_map", "unet_map"]
 
 HeadOrder = Literal["legacy", "new"]
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """One tensor of theirs, made of one of ours or, for a fused qkv, of three.
 
     Attributes:
@@ -44,12 +44,16 @@ class _Rule:
     heads: int = 1
 
     def join(self, parts: list[Tensor]) -> Tensor:
+        """Make theirs of ours; of one alone without a copy."""
+        if len(parts) == 1:
+            return parts[0].reshape(self.theirs_shape)
         # (heads, 3, d, ...): with one head that is simply one after the other
         return torch.stack([p.unflatten(0, (self.heads, -1)) for p in parts], dim=1).reshape(
             self.theirs_shape
         )
 
     def part(self, tensor: Tensor) -> list[Tensor]:
+        """Make ours of theirs; of one alone without a copy."""
         split = tensor.unflatten(0, (self.heads, len(self.ours), -1)).unbind(dim=1)
         return [s.reshape(self.ours_shape) for s in split]
 
@@ -58,17 +62,18 @@ class TensorMap:
     """An invertible map between the two layouts of one network.
 
     Attributes:
+        rules: One for each tensor of theirs.
         unmapped: Our tensors that the original layout has no place for.
     """
 
-    def __init__(self, rules: Iterable[_Rule], names: Iterable[str]) -> None:
-        self._rules = tuple(rules)
-        covered = {name for rule in self._rules for name in rule.ours}
+    def __init__(self, rules: Iterable[Rule], names: Iterable[str]) -> None:
+        self.rules = tuple(rules)
+        covered = {name for rule in self.rules for name in rule.ours}
         self.unmapped = tuple(name for name in names if name not in covered)
 
     def to_compvis(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename and reshape our tensors; those in ``unmapped`` are left out."""
-        return {r.theirs: r.join([tensors[name] for name in r.ours]) for r in self._rules}
+        return {r.theirs: r.join([tensors[name] for name in r.ours]) for r in self.rules}
 
     def from_compvis(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename and reshape original tensors.
@@ -76,13 +81,13 @@ class TensorMap:
         Raises:
             CheckpointError: If one is missing, unexpected or of the wrong shape.
         """
-        theirs = {rule.theirs for rule in self._rules}
+        theirs = {rule.theirs for rule in self.rules}
         problems = [f"missing {name}" for name in sorted(theirs - set(tensors))]
         problems += [f"unexpected {name}" for name in sorted(set(tensors) - theirs)]
         problems += [
             f"{r.theirs} has shape {tuple(tensors[r.theirs].shape)},"
             f" expected {tuple(r.theirs_shape)}"
-            for r in self._rules
+            for r in self.rules
             if r.theirs in tensors and tensors[r.theirs].shape != r.theirs_shape
         ]
         if problems:
@@ -92,7 +97,7 @@ class TensorMap:
             )
         return {
             name: part
-            for rule in self._rules
+            for rule in self.rules
             for name, part in zip(rule.ours, rule.part(tensors[rule.theirs]), strict=True)
         }
 
@@ -113,8 +118,8 @@ def first_stage_map(first_stage: AutoencoderKL | VQModel) -> TensorMap:
     return TensorMap(_first_stage_rules(first_stage), first_stage.state_dict())
 
 
-def _unet_rules(unet: UNet, order: HeadOrder) -> Iterator[_Rule]:
-    def rules(ours: str, theirs: str) -> Iterator[_Rule]:
+def _unet_rules(unet: UNet, order: HeadOrder) -> Iterator[Rule]:
+    def rules(ours: str, theirs: str) -> Iterator[Rule]:
         return _module_rules(unet, ours, theirs, _UNET_RESNET, order)
 
     yield from rules("conv_in", "input_blocks.0.0")
@@ -159,8 +164,8 @@ def _unet_rules(unet: UNet, order: HeadOrder) -> Iterator[_Rule]:
     yield from rules("conv_out", "out.2")
 
 
-def _first_stage_rules(first_stage: AutoencoderKL | VQModel) -> Iterator[_Rule]:
-    def rules(ours: str, theirs: str) -> Iterator[_Rule]:
+def _first_stage_rules(first_stage: AutoencoderKL | VQModel) -> Iterator[Rule]:
+    def rules(ours: str, theirs: str) -> Iterator[Rule]:
         return _module_rules(first_stage, ours, theirs, _FIRST_STAGE_RESNET)
 
     for half, blocks in (("encoder", "down_blocks"), ("decoder", "up_blocks")):
@@ -214,7 +219,7 @@ def _module_rules(
     theirs: str,
     resnet: Mapping[str, str],
     order: HeadOrder | None = None,
-) -> Iterator[_Rule]:
+) -> Iterator[Rule]:
     """Rules of one block.
 
     Args:
@@ -235,36 +240,36 @@ def _module_rules(
         if layer == "cond_proj":
             continue  # of distilled models, which the original code does not have
         renamed = f"{names.get(layer, layer)}.{leaf}".lstrip(".")
-        yield _Rule((f"{ours}.{name}",), f"{theirs}.{renamed}", tensor.shape, tensor.shape)
+        yield Rule((f"{ours}.{name}",), f"{theirs}.{renamed}", tensor.shape, tensor.shape)
 
 
 def _attention_rules(
     block: AttentionBlock, ours: str, theirs: str, order: HeadOrder | None
-) -> Iterator[_Rule]:
+) -> Iterator[Rule]:
     # the UNet's projections are 1-d convolutions, the first stage's are 2-d
     extra = (1,) if order else (1, 1)
     for leaf in ("weight", "bias"):
         kernel = extra if leaf == "weight" else ()
         norm = cast(Tensor, getattr(block.group_norm, leaf)).shape
-        yield _Rule((f"{ours}.group_norm.{leaf}",), f"{theirs}.norm.{leaf}", norm, norm)
+        yield Rule((f"{ours}.group_norm.{leaf}",), f"{theirs}.norm.{leaf}", norm, norm)
         shape = cast(Tensor, getattr(block.to_q, leaf)).shape
         if order is None:
             for mine, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v")):
-                yield _Rule(
+                yield Rule(
                     (f"{ours}.{mine}.{leaf}",),
                     f"{theirs}.{name}.{leaf}",
                     shape,
                     torch.Size((*shape, *kernel)),
                 )
         else:
-            yield _Rule(
+            yield Rule(
                 tuple(f"{ours}.{mine}.{leaf}" for mine in ("to_q", "to_k", "to_v")),
                 f"{theirs}.qkv.{leaf}",
                 shape,
                 torch.Size((3 * shape[0], *shape[1:], *kernel)),
                 heads=block.heads if order == "legacy" else 1,
             )
-        yield _Rule(
+        yield Rule(
             (f"{ours}.to_out.0.{leaf}",),
             f"{theirs}.proj_out.{leaf}",
             shape,

@@ -7,27 +7,34 @@ all.
 import json
 import os
 import secrets
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.layouts import config_to_layout, layout_to_config
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError
+from mezzotint.storage.safetensors_file import write_safetensors
 from mezzotint.storage.tensors import TensorInfo, find_weights, open_tensors
 
 __all__ = [
+    "fill_unsaved_buffers",
     "load_component",
     "load_state_strictly",
+    "load_weights",
     "read_component_config",
+    "read_json",
     "save_component",
+    "save_weights",
+    "weight_files",
+    "whole_or_not",
     "write_atomically",
+    "write_json",
 ]
 
 CONFIG = "config.json"
@@ -38,7 +45,10 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 def save_component(
-    module: nn.Module, folder: Path | str, extra: Mapping[str, Any] | None = None
+    module: nn.Module,
+    folder: Path | str,
+    extra: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a UNet or a first stage as a component folder.
 
@@ -46,25 +56,50 @@ def save_component(
         module: Has a ``config`` that `mezzotint.checkpoints.layouts` knows.
         folder: Made if need be. What is there stays whole until the new files are.
         extra: More keys for ``config.json``, such as ``scaling_factor``.
+        dtype: Of the floating-point weights on the disk; None keeps each as it is.
 
     Raises:
         CheckpointError: If it cannot be written.
     """
     folder = Path(folder)
     keys = config_to_layout(cast(Config, module.config)) | dict(extra or {})
-    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    with _whole_or_not(folder / WEIGHTS) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
-    write_atomically(folder / CONFIG, (json.dumps(keys, indent=2) + "\n").encode())
+    save_weights(module.state_dict(), folder / WEIGHTS, dtype)
+    write_json(folder / CONFIG, keys)
 
 
-def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
+def save_weights(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write tensors in safetensors, holding a copy of one at a time.
+
+    Args:
+        tensors: By name.
+        path: The file; its folder is made if need be.
+        dtype: Of the floating-point ones on the disk; None keeps each as it is.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    entries = [
+        (
+            name,
+            dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype,
+            tuple(tensor.shape),
+            partial(tensors.__getitem__, name),
+        )
+        for name, tensor in tensors.items()
+    ]
+    with whole_or_not(path) as temporary:
+        write_safetensors(temporary, entries, {"format": "pt"})
+
+
+def load_component(folder: Path | str, dtype: torch.dtype | None = torch.float32) -> nn.Module:
     """Read a component folder.
 
     Args:
         folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, or a variant of
             it that `mezzotint.storage.tensors.find_weights` finds.
-        dtype: Of the weights in memory; float32 if not given, whatever they are on disk.
+        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
 
     Returns:
         A `UNet`, `AutoencoderKL`, `VQModel` or `IdentityFirstStage` in evaluation mode on the CPU.
@@ -76,15 +111,43 @@ def load_component(folder: Path | str, dtype: torch.dtype | None = None) -> nn.M
     folder = Path(folder)
     layout, config = layout_to_config(read_component_config(folder), str(folder / CONFIG))
     path = find_weights(folder, STEM)
-    stored = open_tensors(path)
     with torch.device("meta"):  # no time lost on random weights that are overwritten
         module = layout.build(config)
-    # before gigabytes are read that do not fit
-    _check_fit(module, {_modern(name): info for name, info in stored.items()}, path)
-    tensors = {_modern(n): tensor for n, tensor in stored.read(dtype or torch.float32).items()}
-    load_state_strictly(module, tensors, path)
-    _fill_unsaved_buffers(module)
+    load_weights(module, path, dtype, _modern)
     return module.eval()
+
+
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Read all weights of a module from a file that has them and no others.
+
+    Args:
+        module: Best on the meta device, where it takes up no memory before.
+        path: What `mezzotint.storage.tensors.open_tensors` reads.
+        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
+        rename: From a name in the file to the module's; None for a tensor to leave out.
+
+    Raises:
+        CheckpointError: If the file is damaged, or a tensor is missing, unexpected or of the wrong
+            shape or type.
+    """
+    stored = open_tensors(path)
+    names = {name: ours for name in stored if (ours := rename(name)) is not None}
+    # before gigabytes are read that do not fit
+    _check_fit(module, {ours: stored[name] for name, ours in names.items()}, path)
+    tensors = {names[name]: tensor for name, tensor in stored.read(dtype, names).items()}
+    load_state_strictly(module, tensors, path)
+    fill_unsaved_buffers(module)
+
+
+def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """Return all files that a component's weights are read from; see `find_weights`."""
+    path = find_weights(folder, stem)
+    return (path, *open_tensors(path).paths) if path.suffix == ".json" else (path,)
 
 
 def read_component_config(folder: Path | str) -> dict[str, Any]:
@@ -93,16 +156,29 @@ def read_component_config(folder: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing or is not a JSON object.
     """
-    path = Path(folder) / CONFIG
+    return read_json(Path(folder) / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a model folder that holds keys and values.
+
+    Raises:
+        CheckpointError: If the file is missing or is not a JSON object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a component folder has one") from None
-    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no such file; a model folder has one") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return cast(dict[str, Any], data)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a file of a model folder; see `write_atomically`."""
+    write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def load_state_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -161,12 +237,16 @@ def _modern(name: str) -> str:
     return ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
 
 
-def _fill_unsaved_buffers(module: nn.Module) -> None:
-    """Give memory to the buffers that are no weights; all of them are counts that begin at 0."""
+def fill_unsaved_buffers(module: nn.Module) -> None:
+    """Give memory to the buffers that are no weights; all of them are counts that begin at 0.
+
+    Args:
+        module: Was built on the meta device.
+    """
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
-                setattr(part, name, torch.zeros_like(buffer, device="cpu"))
+                setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -180,13 +260,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         CheckpointError: If it cannot be written, for example on a full disk; what stood there
             before is as it was.
     """
-    with _whole_or_not(path) as temporary:
+    with whole_or_not(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
-def _whole_or_not(path: Path) -> Generator[Path]:
-    """Offer a temporary path; afterwards it is on the disk, and bears the right name."""
+def whole_or_not(path: Path) -> Generator[Path]:
+    """Offer a temporary path; afterwards it is on the disk, and bears the right name.
+
+    Args:
+        path: The right name; its folder is made if need be.
+
+    Raises:
+        CheckpointError: If it cannot be written; what stood there before is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +281,7 @@ def _whole_or_not(path: Path) -> Generator[Path]:
         _synchronise(temporary)
         temporary.replace(path)
         _synchronise(path.parent)  # the new name itself must survive a power cut
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

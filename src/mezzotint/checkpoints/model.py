@@ -1,90 +1,109 @@
 """A whole model on disk: ``model_index.json`` and a sub-folder per component."""
 
-import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from torch import nn
 
+from mezzotint.checkpoints.conditioners import load_conditioner, save_conditioner
 from mezzotint.checkpoints.folder import (
     load_component,
-    load_state_strictly,
     read_component_config,
+    read_json,
     save_component,
-    write_atomically,
+    write_json,
 )
+from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.registry import INDEX
-from mezzotint.conditioning.base import Conditioner, Unconditional
-from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
-from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig
-from mezzotint.diffusion.schedule import ScheduleConfig
+from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
 from mezzotint.errors import CheckpointError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from mezzotint.models.unet import UNet
 
-__all__ = ["load_first_stage", "load_model", "save_first_stage", "save_model"]
+__all__ = [
+    "CLASS",
+    "folded",
+    "load_first_stage",
+    "load_model",
+    "load_unet",
+    "read_model",
+    "sample_size",
+    "save_first_stage",
+    "save_model",
+]
 
+CLASS = "LatentDiffusion"
 FORMAT_VERSION = 1
-_CONDITIONERS = {
-    "TextConditioner": TextConditioner,
-    "ClassConditioner": ClassConditioner,
-    "Unconditional": Unconditional,
-}
-_BETA_SCHEDULES = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "cosine": "squaredcos_cap_v2",
-}
 
 
-def save_model(model: LatentDiffusion, folder: Path) -> None:
+def save_model(
+    model: LatentDiffusion,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    defaults: SamplingDefaults | None = None,
+) -> None:
     """Write a model as a folder of components.
 
     Args:
         model: What to write.
         folder: Made if need be.
+        dtype: Of the floating-point weights on the disk; None keeps each as it is.
+        defaults: How it is sampled where a request does not say.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_first_stage(model.first_stage, model.normalization, folder / "vae")
-    save_component(model.unet, folder / "unet", extra={"sample_size": _sample_size(model)})
-    _save_json(folder / "scheduler" / "scheduler_config.json", _scheduler(model.schedule_config))
-    _save_conditioner(model.conditioner, folder / "conditioner")
+    save_first_stage(model.first_stage, model.normalization, folder / "vae", dtype)
+    size = {"sample_size": list(sample_size(model))}
+    save_component(model.unet, folder / "unet", size, dtype)
+    scheduler, _ = write_scheduler(model.schedule_config)
+    write_json(folder / "scheduler" / FILE, scheduler)
+    save_conditioner(model.conditioner, folder / "conditioner", dtype)
     unet = read_component_config(folder / "unet")["_class_name"]
     vae = read_component_config(folder / "vae")["_class_name"]
+    told = {f.name: getattr(defaults, f.name) for f in fields(SamplingDefaults)} if defaults else {}
+    sampling = {name: value for name, value in told.items() if value is not None}
     index = {
-        "_class_name": "LatentDiffusion",
+        "_class_name": CLASS,
         "format_version": FORMAT_VERSION,
         "image_size": list(model.image_size),
+        **({"sampling": sampling} if sampling else {}),
         "vae": ["mezzotint" if vae == "IdentityFirstStage" else "diffusers", vae],
-        "unet": ["diffusers", unet],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["mezzotint" if unet == "UNet" else "diffusers", unet],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "conditioner": ["mezzotint", type(model.conditioner).__name__],
     }
-    _save_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
 
 
-def _sample_size(model: LatentDiffusion) -> list[int]:
+def sample_size(model: LatentDiffusion) -> tuple[int, int]:
+    """Return height and width of the latents that a model was trained at."""
     height, width = model.image_size
     factor = model.first_stage.factor
-    return [height // factor, width // factor]
+    return height // factor, width // factor
 
 
-def load_model(folder: Path) -> LatentDiffusion:
-    """Read a model that `save_model` wrote.
+def load_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> LatentDiffusion:
+    """Read a model that `save_model` wrote; see `read_model`."""
+    return read_model(folder, dtype).model
+
+
+def read_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> LoadedModel:
+    """Read a model that `save_model` wrote, and how it is sampled where a request does not say.
+
+    Args:
+        folder: Of the model.
+        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
 
     Raises:
         CheckpointError: If a part is missing, damaged, or written by a newer Mezzotint.
     """
-    index = _read_json(folder / INDEX)
-    if index.get("_class_name") != "LatentDiffusion":
+    index = read_json(folder / INDEX)
+    if index.get("_class_name") != CLASS:
         raise CheckpointError(
-            f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}; this Mezzotint draws"
-            " with 'LatentDiffusion' folders only, as training writes them"
+            f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}, expected {CLASS!r}"
         )
     if index.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
@@ -98,17 +117,40 @@ def load_model(folder: Path) -> LatentDiffusion:
             raise CheckpointError(
                 f"{folder / INDEX}: image_size is {other!r}; expected [height, width]"
             )
-    first_stage, normalization = load_first_stage(folder / "vae")
-    unet = load_component(folder / "unet")
+    first_stage, normalization = load_first_stage(folder / "vae", dtype)
+    unet = load_unet(folder / "unet", dtype)
+    schedule = read_scheduler(folder / "scheduler" / FILE).schedule
+    conditioner = load_conditioner(folder / "conditioner", dtype)
+    model = LatentDiffusion(
+        first_stage, unet, conditioner, schedule, normalization, (height, width)
+    )
+    return LoadedModel(model=model, defaults=_defaults(index, folder / INDEX))
+
+
+def _defaults(index: Mapping[str, Any], path: Path) -> SamplingDefaults:
+    try:
+        return SamplingDefaults(**index.get("sampling", {}))
+    except TypeError as error:
+        raise CheckpointError(f"{path}: sampling: {error}") from None
+
+
+def load_unet(folder: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
+    """Read a component folder that must hold a UNet.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or is another kind of component.
+    """
+    unet = load_component(folder, dtype)
     if not isinstance(unet, UNet):
-        raise CheckpointError(f"{folder / 'unet'}: holds a {type(unet).__name__}, not a UNet")
-    schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
-    conditioner = _load_conditioner(folder / "conditioner")
-    return LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, (height, width))
+        raise CheckpointError(f"{folder}: holds a {type(unet).__name__}, not a UNet")
+    return unet
 
 
 def save_first_stage(
-    first_stage: FirstStage, normalization: LatentNormalization, folder: Path
+    first_stage: FirstStage,
+    normalization: LatentNormalization,
+    folder: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a first stage with the statistics of its latents.
 
@@ -117,16 +159,32 @@ def save_first_stage(
     format gets normalised latents with a ``scaling_factor`` of 1.
     """
     if normalization.is_scalar:
-        extra = {"scaling_factor": normalization.scale_factor}
-        save_component(first_stage, folder, extra=extra)
+        save_component(first_stage, folder, {"scaling_factor": _scaling(normalization)}, dtype)
         return
     assert isinstance(first_stage, AutoencoderKL), "per-channel statistics are for KL alone"
-    save_component(_folded(first_stage, normalization), folder, extra={"scaling_factor": 1.0})
+    whole = folded(first_stage, normalization)
+    save_component(whole, folder, {"scaling_factor": 1.0}, dtype)
+
+
+def _scaling(normalization: LatentNormalization) -> float:
+    """The shortest number that is read back as the same scale: 0.18215, not 0.1821500033."""
+    exact = normalization.scale_factor
+    for digits in range(1, 17):
+        short = float(f"{exact:.{digits}g}")
+        read = LatentNormalization.from_scale_factor(short).std
+        if torch.equal(read, normalization.std.cpu()):
+            return short
+    return exact
 
 
 @torch.no_grad()
-def _folded(first_stage: AutoencoderKL, normalization: LatentNormalization) -> AutoencoderKL:
-    """A copy whose posterior is that of ``(z - mean) / std``."""
+def folded(first_stage: AutoencoderKL, normalization: LatentNormalization) -> AutoencoderKL:
+    """Return a copy whose posterior is that of ``(z - mean) / std``.
+
+    Args:
+        first_stage: Stays as it is.
+        normalization: Means and deviations per channel.
+    """
     copy = AutoencoderKL(first_stage.config)
     copy.load_state_dict(first_stage.state_dict())
     mean, std = normalization.mean.cpu(), normalization.std.cpu()
@@ -143,101 +201,26 @@ def _folded(first_stage: AutoencoderKL, normalization: LatentNormalization) -> A
     return copy
 
 
-def load_first_stage(folder: Path) -> tuple[FirstStage, LatentNormalization]:
+def load_first_stage(
+    folder: Path, dtype: torch.dtype | None = torch.float32, *, scale_factor: float = 1.0
+) -> tuple[FirstStage, LatentNormalization]:
     """Read a first stage and the statistics of its latents.
+
+    Args:
+        folder: Of the component.
+        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
+        scale_factor: Where the folder says none.
 
     Raises:
         CheckpointError: If it is missing or damaged, or is another kind of component.
     """
-    module = load_component(folder)
+    module = load_component(folder, dtype)
     if not isinstance(module, AutoencoderKL | VQModel | IdentityFirstStage):
         raise CheckpointError(f"{folder}: holds a {type(module).__name__}, not a first stage")
     config = read_component_config(folder)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         return module, LatentNormalization(torch.tensor(mean), torch.tensor(std))
-    return module, LatentNormalization.from_scale_factor(config.get("scaling_factor") or 1.0)
-
-
-def _scheduler(config: ScheduleConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": _BETA_SCHEDULES[config.beta_schedule],
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": config.prediction_type,
-        "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "steps_offset": config.steps_offset,
-        "set_alpha_to_one": config.set_alpha_to_one,
-        "clip_sample": False,
-        "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading",
-    }
-
-
-def _schedule(path: Path) -> ScheduleConfig:
-    data = _read_json(path)
-    names = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
-    name = data.get("beta_schedule")
-    if name not in names:
-        raise CheckpointError(f"{path}: unknown beta_schedule {name!r}")
-    plain = {k: v for k, v in data.items() if k in ScheduleConfig.model_fields}
-    plain["beta_schedule"] = names[name]
-    plain["zero_terminal_snr"] = bool(data.get("rescale_betas_zero_snr", False))
-    return ScheduleConfig.from_dict(plain, str(path))
-
-
-def _save_conditioner(conditioner: Conditioner, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {"_class_name": type(conditioner).__name__}
-    if isinstance(conditioner, TextConditioner | ClassConditioner):
-        config |= conditioner.config.to_dict()
-        state = {k: v.detach().cpu().contiguous() for k, v in conditioner.state_dict().items()}
-        write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
-    if isinstance(conditioner, TextConditioner):
-        write_atomically(folder / "tokenizer.json", conditioner.tokenizer.to_str().encode())
-    _save_json(folder / "config.json", config)
-
-
-def _load_conditioner(folder: Path) -> Conditioner:
-    config = _read_json(folder / "config.json")
-    name = config.pop("_class_name", None)
-    if name not in _CONDITIONERS:
-        raise CheckpointError(f"{folder}: unknown conditioner {name!r}")
-    if name == "Unconditional":
-        return Unconditional()
-    source = str(folder / "config.json")
-    conditioner: nn.Module
-    if name == "TextConditioner":
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # tokenizers raises a bare Exception for missing and damaged files alike
-        except Exception as error:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from None
-        conditioner = TextConditioner(TextConditionerConfig.from_dict(config, source), tokenizer)
-    else:
-        conditioner = ClassConditioner(ClassConditionerConfig.from_dict(config, source))
-    path = folder / "model.safetensors"
-    try:
-        state = safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: missing or damaged: {error}") from None
-    load_state_strictly(conditioner, state, path)
-    return conditioner
-
-
-def _save_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing from the model folder") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected keys and values")
-    return data
+    return module, LatentNormalization.from_scale_factor(
+        config.get("scaling_factor") or scale_factor
+    )

@@ -9,14 +9,20 @@ __all__ = ["replay"]
 
 
 def replay(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG drawn by Mezzotint.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture drawn by Mezzotint.")],
     model: Annotated[
         str | None, typer.Option(help="Where the model is now, if it has moved.")
+    ] = None,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option("--input", help="A picture that it began from, if it has moved; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR|FILE.png", help="Default: outputs/"),
+        typer.Option(
+            "--output", "-o", metavar="DIR|FILE", help="*.png, *.jpg, *.webp; default: outputs/"
+        ),
     ] = None,
 ) -> None:
     """Draw a picture again from the request that it holds, and compare the two."""
@@ -24,12 +30,12 @@ def replay(
     from PIL import Image
 
     from mezzotint.cli.output import picture_path
-    from mezzotint.generation.metadata import write_png
+    from mezzotint.generation.metadata import write_image
     from mezzotint.generation.replay import replay as redraw
 
     path = picture_path(output, f"{image.stem}-replay")
-    drawn = redraw(image, model=model, device=device)
-    write_png(drawn.image, drawn.request, path)
+    drawn = redraw(image, model=model, device=device, inputs=inputs or ())
+    write_image(drawn.image, drawn.request, path)
     print(path)
     with Image.open(image) as file:
         before = np.asarray(file.convert("RGB"), dtype=np.int16)

@@ -5,6 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mezzotint.cli.loading import (
+    ConfigOption,
+    DeviceOption,
+    FamilyOption,
+    PrecisionOption,
+    PredictionOption,
+    WeightsOption,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -15,10 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
+_PICTURE, _TEXT, _SIZE = "From a picture", "Text and adapters", "Size and tiles"
+
 
 def sample(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The folder of a model or of a finished run.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="The folder of a model or of a finished run, or a .safetensors or .ckpt file.",
+        ),
     ],
     prompts: Annotated[
         list[str] | None,
@@ -31,6 +46,12 @@ def sample(
         int | None, typer.Option("--num-images", "-n", help="How many of each prompt.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Image k is drawn from seed + k.")] = None,
+    variation_seed: Annotated[
+        int | None, typer.Option(help="Another seed to turn to: image k to that + k.")
+    ] = None,
+    variation_strength: Annotated[
+        float | None, typer.Option(help="How far: 0 is the seed's, 1 the other's.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpmpp_2m, …, or 'Euler a'")
@@ -39,14 +60,89 @@ def sample(
         str | None, typer.Option(help="trailing, leading, linspace, karras, …")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="As this picture was drawn, by Mezzotint or a web UI."),
+    ] = None,
     eta: Annotated[
         float | None, typer.Option(help="Fresh noise of ddim and its kin: 0 none, 1 as ddpm.")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="N|WxH", help="In pixels; the model's own by default.")
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option("--negative", help="What to lead away from.", rich_help_panel=_TEXT),
     ] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    emphasis: Annotated[
+        Literal["original", "no_norm", "ignore", "none"] | None,
+        typer.Option(help="How (x:1.3) acts.", rich_help_panel=_TEXT),
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="1 is CLIP's last layer.", rich_help_panel=_TEXT)
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME[:W]",
+            help="A LoRA or textual-inversion file; repeatable.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="What to begin from.", rich_help_panel=_PICTURE)
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="White where to draw, black where to keep.", rich_help_panel=_PICTURE),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much to draw anew, 0 to 1.", rich_help_panel=_PICTURE)
+    ] = None,
+    padding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|L,T,R,B", help="Pixels to add around it.", rich_help_panel=_PICTURE
+        ),
+    ] = None,
+    semantic_map: Annotated[
+        Path | None,
+        typer.Option("--map", help="Grey values are classes.", rich_help_panel=_PICTURE),
+    ] = None,
+    layout: Annotated[
+        Path | None,
+        typer.Option(help="JSON: [{label, box: [l, t, r, b]}, …].", rich_help_panel=_PICTURE),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|WxH", help="In pixels; the model's own by default.", rich_help_panel=_SIZE
+        ),
+    ] = None,
+    high_res: Annotated[
+        float | None,
+        typer.Option(help="Then so many times larger, in a second pass.", rich_help_panel=_SIZE),
+    ] = None,
+    high_res_strength: Annotated[
+        float | None, typer.Option(help="How much that draws anew.", rich_help_panel=_SIZE)
+    ] = None,
+    upscaler: Annotated[
+        Literal["latent", "lanczos"] | None,
+        typer.Option(help="What enlarges before it.", rich_help_panel=_SIZE),
+    ] = None,
+    tiling: Annotated[
+        bool, typer.Option("--tiling", help="Edges fit together.", rich_help_panel=_SIZE)
+    ] = False,
+    tiled_decoding: Annotated[
+        bool,
+        typer.Option(
+            "--tiled-decoding", help="Large pictures, less memory.", rich_help_panel=_SIZE
+        ),
+    ] = False,
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+    family: FamilyOption = None,
+    prediction: PredictionOption = None,
+    weights: WeightsOption = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once.")] = None,
     strip: Annotated[
         Literal["denoising", "interpolation"] | None,
@@ -57,47 +153,94 @@ def sample(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR|FILE.png", help="Default: outputs/"),
+        typer.Option(
+            "--output", "-o", metavar="DIR|FILE", help="*.png, *.jpg, *.webp; default: outputs/"
+        ),
     ] = None,
 ) -> None:
-    """Draw pictures with a model and write them as PNG; each can be replayed."""
+    """Draw pictures with a model and write them; each can be replayed."""
+    from mezzotint.cli.asked import (
+        adapter_uses,
+        boxes,
+        check,
+        of_picture,
+        second_pass,
+        sides,
+        size_of,
+    )
+    from mezzotint.cli.loading import open_model
     from mezzotint.cli.output import picture_path, slug
     from mezzotint.cli.progress import progress
-    from mezzotint.generation.metadata import write_png
-    from mezzotint.generation.pipeline import load
+    from mezzotint.generation.generate import generate
+    from mezzotint.generation.inputs import InputPictures
+    from mezzotint.generation.metadata import FORMATS, write_image
 
-    width, height = _size(size)
+    pictures = InputPictures()
+    width, height = size_of(size)
     asked: dict[str, Any] = {
         "class_label": class_label,
         "num_images": num_images,
         "seed": seed,
+        "variation_seed": variation_seed,
+        "variation_strength": variation_strength,
         "steps": steps,
         "sampler": sampler,
         "spacing": spacing,
         "guidance_scale": guidance_scale,
         "eta": eta,
+        "negative_prompt": negative_prompt,
+        "emphasis": emphasis,
+        "clip_skip": clip_skip,
+        "adapters": adapter_uses(adapters),
+        "image": pictures.add(image) if image else None,
+        "mask": pictures.add(mask) if mask else None,
+        "strength": strength,
+        "padding": sides(padding),
+        "semantic_map": pictures.add(semantic_map) if semantic_map else None,
+        "layout": boxes(layout),
         "width": width,
         "height": height,
+        "high_res": second_pass(high_res, high_res_strength, upscaler),
+        "tiling": tiling or None,
+        "tiled_decoding": tiled_decoding or None,
     }
-    asked = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in asked.items() if value is not None}
+    asked = of_picture(from_, given.get("image"), given.get("mask")) | given
     wanted: list[dict[str, Any]] = [{**asked, "prompt": p} for p in prompts or ()] or [asked]
     for fields in wanted:
-        _check(fields)
-    picture_path(output, "image")
-    pipeline = load(model, device=device, precision=precision)
+        check(fields)
+    suffixes = FORMATS if strip is None else (".png",)
+    picture_path(output, "image", suffixes=suffixes)
+    pipeline = open_model(
+        model,
+        device=device,
+        precision=precision,
+        config=config,
+        family=family,
+        prediction=prediction,
+        weights=weights,
+    )
     for fields in wanted:
         what = str(fields.get("prompt", fields.get("class_label", "image")))
         if strip is not None:
-            for request, image in _strips(pipeline, fields, strip):
-                path = picture_path(output, f"{slug(what)}-{request.seed}-{strip}")
-                _write_strip(image, strip, request, path)
+            for request, drawn_strip in _strips(pipeline, fields, strip):
+                name = f"{slug(what)}-{request.seed}-{strip}"
+                path = picture_path(output, name, suffixes=suffixes)
+                _write_strip(drawn_strip, strip, request, path)
                 print(path)
             continue
+        request = pipeline.request(**fields)
         with progress(what) as on_progress:
-            images = pipeline.generate(**fields, batch_size=batch_size, on_progress=on_progress)
+            images = generate(
+                pipeline,
+                request,
+                pictures=pictures,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
         for index, drawn in enumerate(images):
             path = picture_path(output, f"{slug(what)}-{drawn.request.seed + index}")
-            write_png(drawn.image, drawn.request, path)
+            write_image(drawn.image, drawn.request, path)
             print(path)
 
 
@@ -133,27 +276,3 @@ def _write_strip(image: "Image.Image", kind: str, request: "GenerationRequest", 
         image.save(path, format="PNG", pnginfo=chunks)
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _check(fields: dict[str, Any]) -> None:
-    """Find what no model could draw before a model is loaded, which may take long."""
-    from mezzotint.generation.request import GenerationRequest
-
-    if "prompt" in fields:
-        task = "text-to-image"
-    else:
-        task = "class-to-image" if "class_label" in fields else "unconditional"
-    GenerationRequest.from_dict({"task": task, **fields})
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    """Width and height from ``64`` or ``64x48``."""
-    from mezzotint.errors import RequestError
-
-    if text is None:
-        return None, None
-    width, cross, height = text.lower().partition("x")
-    try:
-        return int(width), int(height if cross else width)
-    except ValueError:
-        raise RequestError(f"--size {text!r}: expected pixels, as in 64 or 64x48") from None

@@ -1,5 +1,7 @@
 """Class labels as one learned token for cross-attention (paper, appendix E.2.1)."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -10,7 +12,9 @@ from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInpu
 from mezzotint.config import Config
 from mezzotint.errors import RequestError, nearest
 
-__all__ = ["ClassConditioner", "ClassConditionerConfig"]
+__all__ = ["ClassConditioner", "ClassConditionerConfig", "class_index"]
+
+_LISTED = 40  # a message that lists more names than these is read by nobody
 
 
 class ClassConditionerConfig(Config):
@@ -56,12 +60,7 @@ class ClassConditioner(Conditioner):
         Raises:
             RequestError: If there is no such class; it names the nearest.
         """
-        names = self.config.class_names
-        if label in names:
-            return names.index(str(label))
-        if str(label).isdigit() and int(label) < len(names):
-            return int(label)
-        raise RequestError(f"unknown class {label!r}; {nearest(str(label), names)}")
+        return class_index(label, self.config.class_names, len(self.config.class_names))
 
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
         """Condition on ``inputs.labels``; see `Conditioner.forward`."""
@@ -77,3 +76,28 @@ class ClassConditioner(Conditioner):
         return Conditioning(
             crossattn=self.embedding(index.to(self.embedding.weight.device))[:, None]
         )
+
+
+def class_index(label: str | int, names: Sequence[str], count: int) -> int:
+    """Return the index of a class given by name or index.
+
+    Args:
+        label: What the user wrote.
+        names: The classes by index; empty if they have none.
+        count: How many classes there are.
+
+    Raises:
+        RequestError: If there is no such class; it names the nearest.
+    """
+    if label in names:
+        return names.index(str(label))
+    if str(label).isdecimal() and int(label) < count:
+        return int(label)
+    if not names:
+        raise RequestError(f"unknown class {label!r}; expected a number from 0 to {count - 1}")
+    if len(names) <= _LISTED:
+        raise RequestError(f"unknown class {label!r}; {nearest(str(label), names)}")
+    close = get_close_matches(str(label), names, n=8, cutoff=0.0)
+    raise RequestError(
+        f"unknown class {label!r}; {nearest(str(label), close)}, … ({count} classes in all)"
+    )

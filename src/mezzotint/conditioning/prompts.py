@@ -8,8 +8,11 @@ from step to step, ``[a:b:0.5]``, ``[a|b]`` and ``AND``, is not read.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from mezzotint.errors import RequestError
 
@@ -24,7 +27,9 @@ __all__ = [
 ]
 
 CHUNK = 75  # tokens between the start and the end token of CLIP
-_STRONGER, _WEAKER = 1.1, 1 / 1.1
+_STRONGER = 1.1
+_POWER = {"(": 1, "[": -1}  # of it, that a bracket without a number multiplies by
+_DEEPEST = 1000  # beyond this power a weight is beyond any use, and then beyond a float
 # how far before a chunk's end a comma may stand for the words after it to go into the next one
 _BACKTRACK = 20
 
@@ -100,61 +105,97 @@ def parse_prompt(prompt: str) -> list[list[Fragment]]:
         [Fragment(text='a ', weight=1.0), Fragment(text='red', weight=1.5), \
 Fragment(text=' ', weight=1.0), Fragment(text='apple', weight=0.9090909090909091)]
     """
-    pieces = _weighted_pieces(prompt)
-    parts: list[list[Fragment]] = [[]]
-    for text, weight in pieces:
+    parts: list[list[tuple[str, float]]] = [[]]
+    for text, weight in _weighted_pieces(prompt):
         if text is None:
             parts.append([])
-        elif parts[-1] and parts[-1][-1].weight == weight:
-            parts[-1][-1] = Fragment(parts[-1][-1].text + text, weight)
         elif text:
-            parts[-1].append(Fragment(text, weight))
-    return parts
+            parts[-1].append((text, weight))
+    return [
+        [
+            Fragment("".join(text for text, _ in run), weight)
+            for weight, run in groupby(part, key=itemgetter(1))
+        ]
+        for part in parts
+    ]
+
+
+class _Emphasis:
+    """The brackets around texts that are said one after the other.
+
+    A bracket's factor is known when it closes. So what each does is noted where its text begins and
+    where it ends, and one pass at the end works the weights out, however deep brackets nest.
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[str | None] = []
+        self.opened: dict[str, list[int]] = {"(": [], "[": []}  # where each one's text begins
+        self.turns: defaultdict[int, int] = defaultdict(int)  # change of the power of 1.1
+        self.scaled: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)  # end, factor
+
+    def close(self, bracket: str, factor: float | None = None) -> None:
+        """Close the bracket that was opened last; without a factor it has its own."""
+        start, end = self.opened[bracket].pop(), len(self.texts)
+        if factor is None:
+            self.turns[start] += _POWER[bracket]
+            self.turns[end] -= _POWER[bracket]
+        elif start < end:
+            self.scaled[start].append((end, factor))
+
+    def weights(self) -> list[float]:
+        """Return the weight of each text, once every bracket is closed."""
+        weights: list[float] = []
+        power = 0
+        around = [(len(self.texts), 1.0)]  # where each explicit weight ends, and their product
+        for place in range(len(self.texts)):
+            while around[-1][0] <= place:
+                around.pop()
+            # of those that begin here the outer ones were closed last
+            for end, factor in reversed(self.scaled[place]):
+                around.append((end, around[-1][1] * factor))
+            power += self.turns[place]
+            bounded = max(-_DEEPEST, min(power, _DEEPEST))
+            weights.append(_STRONGER**bounded * around[-1][1])
+        return weights
 
 
 def _weighted_pieces(prompt: str) -> list[tuple[str | None, float]]:
     """Texts with their weights, and None for a break."""
-    texts: list[str | None] = []
-    weights: list[float] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where each open bracket's text begins
-
-    def say(text: str | None) -> None:
-        texts.append(text)
-        weights.append(1.0)
-
-    def multiply(start: int, factor: float) -> None:
-        weights[start:] = [weight * factor for weight in weights[start:]]
-
+    said = _Emphasis()
     for lexeme in _LEXEME.finditer(prompt):
         kind = lexeme.lastgroup
         if kind == "escaped":
-            say(lexeme["escaped"])
+            said.texts.append(lexeme["escaped"])
         elif kind == "open":
-            opened[lexeme["open"]].append(len(texts))
-        elif kind == "weight" and opened["("] and (weight := _number(lexeme["weight"])) is not None:
-            multiply(opened["("].pop(), weight)
-        elif kind == "close" and opened[_partner(lexeme["close"])]:
-            bracket = _partner(lexeme["close"])
-            multiply(opened[bracket].pop(), _factor(bracket))
+            said.opened[lexeme["open"]].append(len(said.texts))
+        elif (
+            kind == "weight"
+            and said.opened["("]
+            and (factor := _number(lexeme["weight"])) is not None
+        ):
+            said.close("(", factor)
+        elif kind == "close" and said.opened[_partner(lexeme["close"])]:
+            said.close(_partner(lexeme["close"]))
         elif kind is not None:
-            cut = _BREAK.split(lexeme[0])
-            for number, part in enumerate(cut):
-                if number:
-                    say(None)
-                    part = part.lstrip()
-                say(part if number == len(cut) - 1 else part.rstrip())
-    for bracket, starts in opened.items():
-        for start in starts:
-            multiply(start, _factor(bracket))
-    return list(zip(texts, weights, strict=True))
+            said.texts.extend(_cut_at_breaks(lexeme[0]))
+    for bracket, starts in said.opened.items():
+        while starts:
+            said.close(bracket)
+    return list(zip(said.texts, said.weights(), strict=True))
+
+
+def _cut_at_breaks(text: str) -> Iterator[str | None]:
+    """Plain text, with None for every word BREAK and the blanks around it."""
+    cut = _BREAK.split(text)
+    for number, part in enumerate(cut):
+        if number:
+            yield None
+            part = part.lstrip()
+        yield part if number == len(cut) - 1 else part.rstrip()
 
 
 def _partner(closing: str) -> str:
     return "(" if closing == ")" else "["
-
-
-def _factor(bracket: str) -> float:
-    return _STRONGER if bracket == "(" else _WEAKER
 
 
 def _number(text: str) -> float | None:
@@ -198,9 +239,47 @@ def split_adapters(prompt: str) -> tuple[str, list[AdapterRequest]]:
     return _ADAPTER.sub(take, prompt), found
 
 
+class _Cutter:
+    """Tokens one after the other, cut into chunks."""
+
+    def __init__(self, size: int, comma: int | None) -> None:
+        self.size = size
+        self.comma = comma
+        self.chunks: list[Chunk] = []
+        self.tokens: list[int] = []
+        self.weights: list[float] = []
+        self.after_comma = 0  # where the text after the last comma begins; 0 if there is none
+
+    def cut(self, place: int) -> None:
+        self.chunks.append(Chunk(tuple(self.tokens[:place]), tuple(self.weights[:place])))
+        self.tokens, self.weights = self.tokens[place:], self.weights[place:]
+        self.after_comma = 0
+
+    def make_room(self, token: int) -> None:
+        """Cut a full chunk before this token."""
+        if len(self.tokens) == self.size:
+            near = self.after_comma and self.size - self.after_comma < _BACKTRACK
+            self.cut(self.after_comma if near and token != self.comma else self.size)
+
+    def add(self, token: int, weight: float) -> None:
+        self.make_room(token)
+        self.tokens.append(token)
+        self.weights.append(weight)
+        if token == self.comma:
+            self.after_comma = len(self.tokens)
+
+    def add_together(self, tokens: tuple[int, ...], weight: float) -> None:
+        """Add tokens that go into one chunk, unless they are more than one holds."""
+        self.make_room(tokens[0])
+        if self.size - len(self.tokens) < len(tokens) <= self.size:
+            self.cut(len(self.tokens))
+        for token in tokens:
+            self.add(token, weight)
+
+
 def chunk_tokens(
     parts: Sequence[Sequence[Fragment]],
-    tokenize: Callable[[str], Sequence[int]],
+    tokenize: Callable[[str], Sequence[int | tuple[int, ...]]],
     comma: int | None,
     *,
     size: int = CHUNK,
@@ -212,29 +291,22 @@ def chunk_tokens(
 
     Args:
         parts: From `parse_prompt`; each begins a chunk of its own.
-        tokenize: From text to token ids, without start and end.
+        tokenize: From text to token ids, without start and end. A tuple is of ids that are not to
+            be parted.
         comma: The id of the comma; None never looks for one.
         size: Tokens of a chunk.
 
     Returns:
         At least one chunk; an empty prompt has an empty one.
     """
-    chunks: list[Chunk] = []
+    cutter = _Cutter(size, comma)
     for number, part in enumerate(parts):
-        tokens: list[int] = []
-        weights: list[float] = []
-        after_comma = 0  # where the text after the last comma begins; 0 if there is none
         for fragment in part:
-            for token in tokenize(fragment.text):
-                if len(tokens) == size:
-                    near = after_comma and token != comma and size - after_comma < _BACKTRACK
-                    cut = after_comma if near else size
-                    chunks.append(Chunk(tuple(tokens[:cut]), tuple(weights[:cut])))
-                    tokens, weights, after_comma = tokens[cut:], weights[cut:], 0
-                elif token == comma:
-                    after_comma = len(tokens) + 1
-                tokens.append(token)
-                weights.append(fragment.weight)
-        if tokens or number < len(parts) - 1 or not chunks:
-            chunks.append(Chunk(tuple(tokens), tuple(weights)))
-    return chunks
+            for item in tokenize(fragment.text):
+                if isinstance(item, tuple):
+                    cutter.add_together(item, fragment.weight)
+                else:
+                    cutter.add(item, fragment.weight)
+        if cutter.tokens or number < len(parts) - 1 or not cutter.chunks:
+            cutter.cut(len(cutter.tokens))
+    return cutter.chunks

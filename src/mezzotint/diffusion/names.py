@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["DIFFUSERS", "SPACING_LABELS", "WEB_UI", "KnownAs", "find_sampler"]
+__all__ = [
+    "AUTOMATIC_SPACINGS",
+    "DIFFUSERS",
+    "SPACING_LABELS",
+    "WEB_UI",
+    "KnownAs",
+    "find_sampler",
+    "find_spacing",
+    "spacing_label",
+    "web_ui_label",
+]
 
 
 class KnownAs(NamedTuple):
@@ -34,12 +44,34 @@ WEB_UI: Mapping[str, str] = {
     "PLMS": "plms",
     "UniPC": "unipc",
 }
-# their spacings, in older pictures a part of the sampler's name ("DPM++ 2M Karras")
+# their spacings, in older pictures a part of the sampler's name ("DPM++ 2M Karras"); of several
+# labels of one spacing the first is the one that we write
 SPACING_LABELS: Mapping[str, str] = {
+    # DDIM and Simple are the same levels as ours where the steps divide the training times
+    "DDIM": "leading",
     "Exponential": "exponential",
     "Karras": "karras",
     "SGM Uniform": "sgm_uniform",
+    "SGMUniform": "sgm_uniform",
+    "Simple": "trailing",
     "Uniform": "linspace",
+    "Normal": "linspace",
+}
+# what the web UIs take for the spacing "Automatic", by our names of samplers; a sampler that is not
+# here has noise levels of its own. Before version 1.9 k-diffusion's were "linspace" throughout.
+AUTOMATIC_SPACINGS: Mapping[str, str] = {
+    "ddim": "leading",
+    "dpm2": "karras",
+    "dpm2_ancestral": "karras",
+    "dpmpp_2m": "karras",
+    "dpmpp_2m_sde": "exponential",
+    "dpmpp_sde": "karras",
+    "euler": "linspace",
+    "euler_ancestral": "linspace",
+    "heun": "linspace",
+    "lms": "linspace",
+    "plms": "leading",
+    "unipc": "linspace",
 }
 DIFFUSERS: Mapping[str, str] = {
     "DDIMScheduler": "ddim",
@@ -59,6 +91,9 @@ DIFFUSERS: Mapping[str, str] = {
 _BY_FOLDED_NAME = {
     name.casefold(): sampler for name, sampler in (*WEB_UI.items(), *DIFFUSERS.items())
 }
+_SAMPLER_LABEL_OF = {sampler: label for label, sampler in WEB_UI.items()}
+_BY_FOLDED_LABEL = {label.casefold(): spacing for label, spacing in SPACING_LABELS.items()}
+_SPACING_LABEL_OF = {spacing: label for label, spacing in reversed(SPACING_LABELS.items())}
 
 
 def find_sampler(name: str) -> KnownAs | None:
@@ -82,3 +117,26 @@ def find_sampler(name: str) -> KnownAs | None:
             return KnownAs(_BY_FOLDED_NAME[plain], spacing)
     sampler = _BY_FOLDED_NAME.get(folded)
     return None if sampler is None else KnownAs(sampler)
+
+
+def find_spacing(label: str) -> str | None:
+    """Look a spacing up by its label in the web UIs or by our own name; case doesn't matter.
+
+    Example:
+        >>> find_spacing("karras"), find_spacing("SGM Uniform"), find_spacing("Beta")
+        ('karras', 'sgm_uniform', None)
+    """
+    folded = " ".join(label.casefold().split())
+    if folded in _SPACING_LABEL_OF:
+        return folded
+    return _BY_FOLDED_LABEL.get(folded)
+
+
+def spacing_label(spacing: str) -> str:
+    """Return the label of one of our spacings in the web UIs."""
+    return _SPACING_LABEL_OF[spacing]
+
+
+def web_ui_label(sampler: str) -> str:
+    """Return the label of one of our samplers in the web UIs; its own name if they have none."""
+    return _SAMPLER_LABEL_OF.get(sampler, sampler)

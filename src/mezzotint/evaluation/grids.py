@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mezzotint.diffusion.samplers import get_sampler
 from mezzotint.errors import RequestError
-from mezzotint.generation.generate import decode_latents, sample_latents, to_images
 from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.request import GenerationRequest
-from mezzotint.rng import INITIAL, SampleNoise
+from mezzotint.generation.sampling import decode_latents, sample_latents, to_images
+from mezzotint.rng import INITIAL, SampleNoise, slerp
 
 __all__ = [
     "InterpolatedNoise",
@@ -21,7 +21,6 @@ __all__ = [
     "interpolation_strip",
     "labelled_rows",
     "reconstruction_grid",
-    "slerp",
 ]
 
 _MARGIN = 4
@@ -214,26 +213,6 @@ class InterpolatedNoise:
         """Draw ``(B, *shape)``; see `mezzotint.rng.SampleNoise.normal`."""
         first, last = self.ends.normal(shape, step, draw)
         return torch.stack([slerp(first, last, t) for t in self.fractions])
-
-
-def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Go from ``a`` (t = 0) to ``b`` (t = 1) along the great circle (Shoemake 1985).
-
-    Between two draws of normal noise the straight way leads through tensors that are too short to
-    be noise; this one keeps their length, and both ends exactly.
-
-    Args:
-        a: Any shape.
-        b: The same shape.
-        t: From 0 to 1.
-    """
-    wide_a, wide_b = a.double(), b.double()
-    cosine = (wide_a * wide_b).sum() / (wide_a.norm() * wide_b.norm())
-    angle = torch.acos(cosine.clamp(-1.0, 1.0))
-    if float(angle.sin()) < 1e-6:  # the same direction: the circle is a point
-        return torch.lerp(a, b, t)
-    from_a, from_b = ((1.0 - t) * angle).sin(), (t * angle).sin()
-    return ((from_a * wide_a + from_b * wide_b) / angle.sin()).to(a.dtype)
 
 
 def _check_columns(columns: int) -> None:

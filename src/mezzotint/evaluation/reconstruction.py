@@ -20,7 +20,7 @@ from mezzotint.evaluation.distributions import (
     polynomial_kernel,
 )
 from mezzotint.evaluation.metrics import perceptual_metric, psnr, ssim
-from mezzotint.generation.generate import to_bytes
+from mezzotint.generation.sampling import to_bytes
 from mezzotint.latent_diffusion import FirstStage
 from mezzotint.models.autoencoder import IdentityFirstStage, VQModel
 from mezzotint.models.features import load_features

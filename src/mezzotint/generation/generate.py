@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,27 +12,25 @@ from PIL import Image
 from torch import Tensor
 
 import mezzotint
-from mezzotint.conditioning.base import Conditioning, ConditionInputs
-from mezzotint.conditioning.classes import ClassConditioner
-from mezzotint.device import autocast, precision_name, threads
-from mezzotint.diffusion.guidance import ClassifierFreeGuidance
-from mezzotint.diffusion.samplers import Callback, NoiseSource, get_sampler
+from mezzotint.device import precision_name, threads
 from mezzotint.errors import RequestError
+from mezzotint.generation.adapters import adapters_of
+from mezzotint.generation.canvas import lay_out
+from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import GenerationRequest, Resolved
-from mezzotint.rng import SampleNoise
+from mezzotint.generation.sampling import (
+    decode_latents,
+    sample_again,
+    sample_latents,
+    to_bytes,
+    to_images,
+)
+from mezzotint.generation.tiling import seamless
 
 if TYPE_CHECKING:
     from mezzotint.generation.pipeline import Pipeline
 
-__all__ = [
-    "GeneratedImage",
-    "decode_latents",
-    "generate",
-    "generate_each",
-    "sample_latents",
-    "to_bytes",
-    "to_images",
-]
+__all__ = ["GeneratedImage", "generate", "generate_each", "nth"]
 
 Progress = Callable[[int, int], None]
 _PIXELS_AT_ONCE = 16 * 256 * 256  # a default batch that keeps the decoder within a few hundred MB
@@ -50,20 +49,21 @@ class GeneratedImage:
     request: GenerationRequest
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn ``(B, 3, H, W)`` in [-1, 1] into uint8, 0 to 255; what lies outside is clipped."""
-    return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Turn ``(B, 3, H, W)`` in [-1, 1] into 8-bit pictures; what lies outside is clipped."""
-    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in to_bytes(pixels)]
+def nth(request: GenerationRequest, index: int) -> GenerationRequest:
+    """Return the request that draws image ``index`` of a request alone."""
+    update: dict[str, object] = {"num_images": 1, "resolved": None}
+    if request.variation_seed is None:
+        update["seed"] = max(0, request.seed + index)
+    else:
+        update["variation_seed"] = max(0, request.variation_seed + index)
+    return request.model_copy(update=update)
 
 
 def generate(
     pipeline: Pipeline,
     request: GenerationRequest,
     *,
+    pictures: InputPictures | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[GeneratedImage]:
@@ -72,22 +72,28 @@ def generate(
     Args:
         pipeline: The model and how it runs.
         request: What to draw; image k uses ``seed + k`` and a noise stream of its own.
+        pictures: Where its input pictures are found; by default at their paths.
         batch_size: Pictures drawn at once.
         on_progress: Called with (steps done, steps in all) over all batches.
 
     Raises:
         RequestError: If the model cannot give what is asked.
     """
-    alone = request.model_copy(update={"num_images": 1})
-    rows = [alone.model_copy(update={"seed": request.seed + k}) for k in range(request.num_images)]
-    drawn = generate_each(pipeline, rows, batch_size=batch_size, on_progress=on_progress)
+    rows = [nth(request, k) for k in range(request.num_images)]
+    drawn = generate_each(
+        pipeline, rows, pictures=pictures, batch_size=batch_size, on_progress=on_progress
+    )
     results: list[GeneratedImage] = []
     for k, item in enumerate(drawn):
         assert item.request.resolved is not None
         resolved = item.request.resolved.model_copy(update={"image_index": k})
-        results.append(
-            GeneratedImage(item.image, request.model_copy(update={"resolved": resolved}))
-        )
+        update = {
+            "resolved": resolved,
+            "width": item.request.width,
+            "height": item.request.height,
+            "model": item.request.model,
+        }
+        results.append(GeneratedImage(item.image, request.model_copy(update=update)))
     return results
 
 
@@ -95,57 +101,93 @@ def generate_each(
     pipeline: Pipeline,
     requests: Sequence[GenerationRequest],
     *,
+    pictures: InputPictures | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[GeneratedImage]:
-    """Draw one picture of each request, together; they may differ in condition and seed only.
+    """Draw one picture of each request, together.
+
+    They may differ in condition, inputs, adapters and seed only.
 
     Raises:
         RequestError: If the model cannot give what is asked.
     """
     if batch_size is not None and batch_size < 1:
         raise RequestError(f"batch_size: must be at least 1, got {batch_size}")
-    _check_task(pipeline, requests)
-    height, width = _size(pipeline, requests[0])
-    count = batch_size or max(1, _PIXELS_AT_ONCE // (height * width))
-    count = min(count, len(requests))
-    starts = range(0, len(requests), count)
+    for request in requests:
+        pipeline.check(request)
+    pictures = pictures or InputPictures()
+    count = min(batch_size or _most_at_once(pipeline, requests[0], pictures), len(requests))
+    batches = list(_batches(pipeline, requests, count))
     results: list[GeneratedImage] = []
-    for number, start in enumerate(starts):
-        rows = requests[start : start + count]
+    for number, rows in enumerate(batches):
+        passes = 2 if rows[0].high_res is not None else 1
 
-        def report(step: int, total: int, *_: Tensor, number: int = number) -> None:
+        def report(
+            pass_: int, step: int, total: int, number: int = number, of: int = passes
+        ) -> None:
             if on_progress is not None:
-                on_progress(number * total + step + 1, len(starts) * total)
+                done = (number * of + pass_) * total + step + 1
+                on_progress(done, len(batches) * of * total)
 
-        pixels = decode_latents(pipeline, sample_latents(pipeline, rows, callback=report))
-        for row, (image, request) in enumerate(zip(to_images(pixels), rows, strict=True)):
-            resolved = _resolved(pipeline, len(rows), row)
-            update = {
-                "resolved": resolved,
-                "width": width,
-                "height": height,
-                "model": request.model or pipeline.name,
-            }
-            results.append(GeneratedImage(image, request.model_copy(update=update)))
+        results += _draw(pipeline, rows, pictures, report)
     return results
 
 
-def _check_task(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> None:
-    for request in requests:
-        if request.task != pipeline.task:
-            raise RequestError(
-                f"{pipeline.name}: the model wants {pipeline.model.conditioner.description}; its"
-                f" task is {pipeline.task!r}, not {request.task!r}"
+def _draw(
+    pipeline: Pipeline,
+    rows: Sequence[GenerationRequest],
+    pictures: InputPictures,
+    report: Callable[[int, int, int], None],
+) -> list[GeneratedImage]:
+    """Draw one batch."""
+    first, model = rows[0], pipeline.model
+    canvas = lay_out(model, rows, pictures)
+    adapters = adapters_of(pipeline, first)
+    with (
+        pipeline.adapted(adapters) as sums,
+        seamless(model.unet, model.first_stage, active=first.tiling),
+    ):
+        latents = sample_latents(
+            pipeline, rows, canvas=canvas, callback=lambda i, n, *_: report(0, i, n)
+        )
+        if first.high_res is not None:
+            latents = sample_again(
+                pipeline, rows, latents, first.high_res, callback=lambda i, n, *_: report(1, i, n)
             )
+        pixels = decode_latents(pipeline, latents, tiled=first.tiled_decoding)
+    finished: Tensor = to_bytes(pixels)
+    if first.high_res is None:
+        finished = canvas.finish(finished)
+    results: list[GeneratedImage] = []
+    for row, (image, request) in enumerate(zip(to_images(finished), rows, strict=True)):
+        update = {
+            "resolved": _resolved(pipeline, len(rows), row, sums),
+            "model": request.model or pipeline.name,
+        }
+        if request.padding is None:
+            update |= {"width": canvas.width, "height": canvas.height}
+        results.append(GeneratedImage(image, request.model_copy(update=update)))
+    return results
 
 
-def _size(pipeline: Pipeline, request: GenerationRequest) -> tuple[int, int]:
-    height, width = pipeline.model.image_size
-    return request.height or height, request.width or width
+def _batches(
+    pipeline: Pipeline, requests: Sequence[GenerationRequest], count: int
+) -> Iterator[list[GenerationRequest]]:
+    """Rows that are drawn together: at most so many, and of the same adapters."""
+    for _, group in groupby(requests, key=lambda request: adapters_of(pipeline, request)):
+        rows = list(group)
+        for start in range(0, len(rows), count):
+            yield rows[start : start + count]
 
 
-def _resolved(pipeline: Pipeline, batch_size: int, row: int) -> Resolved:
+def _most_at_once(pipeline: Pipeline, request: GenerationRequest, pictures: InputPictures) -> int:
+    canvas = lay_out(pipeline.model, [request], pictures)
+    scale = request.high_res.scale if request.high_res is not None else 1.0
+    return max(1, int(_PIXELS_AT_ONCE / (canvas.drawn_height * canvas.drawn_width * scale**2)))
+
+
+def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str]) -> Resolved:
     return Resolved(
         model_hash=pipeline.model_hash,
         precision=precision_name(pipeline.execution.precision),
@@ -157,82 +199,5 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int) -> Resolved:
         image_index=0,
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
+        adapters=sums,
     )
-
-
-def _inputs(pipeline: Pipeline, rows: Sequence[GenerationRequest]) -> ConditionInputs:
-    conditioner = pipeline.model.conditioner
-    if conditioner.wants == "caption":
-        return ConditionInputs(count=len(rows), captions=[r.prompt or "" for r in rows])
-    if isinstance(conditioner, ClassConditioner):
-        labels = [conditioner.index_of(r.class_label) for r in rows if r.class_label is not None]
-        return ConditionInputs(count=len(rows), labels=labels)
-    return ConditionInputs(count=len(rows))
-
-
-def _null(pipeline: Pipeline, rows: Sequence[GenerationRequest]) -> Conditioning:
-    if any(r.negative_prompt for r in rows):
-        texts = [r.negative_prompt or "" for r in rows]
-        return pipeline.model.conditioner(ConditionInputs(count=len(rows), captions=texts))
-    return pipeline.model.conditioner.null(len(rows))
-
-
-@torch.inference_mode()
-def sample_latents(
-    pipeline: Pipeline,
-    requests: Sequence[GenerationRequest],
-    *,
-    rng: NoiseSource | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Condition and sample: one latent for each request, as one batch.
-
-    Args:
-        pipeline: The model and how it runs.
-        requests: What to draw; they may differ in condition and seed only.
-        rng: Where all noise comes from, the starting noise too; by default each request's seed.
-        callback: Told of every step, with the sampler's state and the estimate of the clean latent.
-
-    Returns:
-        ``(B, C, h, w)`` normalised latents.
-
-    Raises:
-        RequestError: If the model cannot give what is asked.
-    """
-    _check_task(pipeline, requests)
-    first, model, execution = requests[0], pipeline.model, pipeline.execution
-    sampler = get_sampler(first.sampler)
-    options = {"eta": first.eta} if first.eta is not None else {}
-    if unknown := set(options) - set(sampler.options):
-        raise RequestError(f"sampler {first.sampler!r} has no option {', '.join(sorted(unknown))}")
-    if first.steps > model.schedule_config.num_train_timesteps:
-        raise RequestError(
-            f"steps: {first.steps} is more than the {model.schedule_config.num_train_timesteps}"
-            " noise levels that the model was trained on"
-        )
-    sigmas = sampler.sigmas(model.schedule, first.steps, first.spacing)
-    shape = model.latent_shape(*_size(pipeline, first))
-    if rng is None:
-        rng = SampleNoise([r.seed for r in requests])
-    # without a condition there is nothing to be guided towards
-    scale = first.guidance_scale if model.conditioner.wants is not None else 1.0
-    with autocast(execution):
-        cond = model.conditioner(_inputs(pipeline, requests))
-        guided = ClassifierFreeGuidance(
-            model.denoiser,
-            _null(pipeline, requests) if scale != 1.0 else None,
-            scale,
-            rescale=first.guidance_rescale,
-        )
-        noise = rng.normal(shape).to(execution.device)
-        x = noise * model.schedule.start_scale(sigmas[0])
-        return sampler.function(
-            lambda x, sigma: guided(x, sigma, cond), x, sigmas, rng, callback=callback, **options
-        )
-
-
-@torch.inference_mode()
-def decode_latents(pipeline: Pipeline, latents: Tensor) -> Tensor:
-    """Turn normalised latents ``(B, C, h, w)`` into pixels ``(B, 3, H, W)``, about [-1, 1]."""
-    with autocast(pipeline.execution):
-        return pipeline.model.decode(latents)

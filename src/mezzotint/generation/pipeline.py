@@ -1,25 +1,65 @@
 """A model and how to run it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
-from mezzotint.checkpoints.model import load_model
-from mezzotint.checkpoints.registry import resolve_model
+from PIL import Image
+
+from mezzotint.checkpoints.load import load_any
+from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
 from mezzotint.device import Execution, select_device, select_precision
 from mezzotint.errors import RequestError
+from mezzotint.generation.adapters import adapted
 from mezzotint.generation.generate import GeneratedImage, generate
-from mezzotint.generation.request import GenerationRequest, Task
+from mezzotint.generation.inputs import InputPictures
+from mezzotint.generation.request import (
+    AdapterUse,
+    GenerationRequest,
+    HighRes,
+    InputImage,
+    LayoutBox,
+    Task,
+)
 from mezzotint.latent_diffusion import LatentDiffusion
 
-__all__ = ["Pipeline", "load"]
+__all__ = ["MoreFields", "Pipeline", "load"]
 
-_TASKS: dict[str | None, Task] = {
+Picture = str | Path | Image.Image
+
+_BY_CONDITION: dict[str | None, Task] = {
     "caption": "text-to-image",
     "label": "class-to-image",
+    "layout": "layout-to-image",
     None: "unconditional",
 }
+_BY_CONCATENATION: dict[str, Task] = {
+    "map": "map-to-image",
+    "low_res": "super-resolution",
+    "inpainting": "inpainting",
+}
+# what any model does that is told nothing by concatenation, beside its own task
+_FROM_A_PICTURE = ("image-to-image", "inpainting", "outpainting")
+_CONDITIONS = {"prompt": "caption", "class_label": "label", "layout": "layout"}
+_WORDS = {"prompt": "a prompt", "class_label": "a class", "layout": "a layout"}
+
+
+class MoreFields(TypedDict, total=False):
+    """Fields of `GenerationRequest` that are seldom given."""
+
+    layout: Sequence[LayoutBox]
+    padding: tuple[int, int, int, int]
+    strength: float
+    high_res: HighRes
+    variation_seed: int
+    variation_strength: float
+    emphasis: Literal["original", "no_norm", "ignore", "none"]
+    clip_skip: int
+    adapters: Sequence[AdapterUse]
+    tiling: bool
+    tiled_decoding: bool
 
 
 class Pipeline:
@@ -29,44 +69,125 @@ class Pipeline:
         model: The model; moved to the device and set to evaluation.
         execution: Device and precision.
         name: What requests call the model: the path that `load` finds it by.
+        source: What its files say beyond it.
+
+    Attributes:
+        defaults: What a request takes where it says nothing.
+        notes: Sentences on what was guessed or left out when the model was read.
+        adapter_folders: Where adapters are found by name; None for the usual places.
     """
 
-    def __init__(self, model: LatentDiffusion, execution: Execution, name: str) -> None:
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        execution: Execution,
+        name: str,
+        source: LoadedModel | None = None,
+    ) -> None:
         self.model = model.to(execution.device).eval()
         self.execution = execution
         self.name = name
+        self.defaults = source.defaults if source else SamplingDefaults()
+        self.notes = source.notes if source else ()
+        self.adapter_folders: Sequence[Path] | None = None
+        self._source = source
 
     @cached_property
     def model_hash(self) -> str:
-        """A hash of every weight and statistic of the model."""
-        return self.model.weights_hash()
+        """What identifies the model: the sha256 of its file, or a hash of all its weights."""
+        return self._source.content_hash() if self._source else self.model.weights_hash()
 
     @property
     def task(self) -> Task:
-        """What the model draws from."""
-        return _TASKS[self.model.conditioner.wants]
+        """What the model is for, where a request does not say."""
+        conditioner = self.model.conditioner
+        if conditioner.wants_concat is not None:
+            return _BY_CONCATENATION[conditioner.wants_concat]
+        return _BY_CONDITION[conditioner.wants]
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All that the model can be asked for."""
+        if self.model.conditioner.wants_concat == "inpainting":
+            return ("inpainting", "outpainting")
+        if self.model.conditioner.wants_concat is not None:
+            return (self.task,)
+        return (self.task, *_FROM_A_PICTURE)
+
+    def adapted(self, uses: Sequence[AdapterUse]) -> AbstractContextManager[dict[str, str]]:
+        """Let adapters act for a while; gives the sha256 of each by name."""
+        return adapted(self.model, uses, self.adapter_folders)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request that this model cannot fulfil.
+
+        Raises:
+            RequestError: Saying what the model wants.
+        """
+        description = self.model.conditioner.description
+        if request.task not in self.tasks:
+            raise RequestError(
+                f"{self.name}: the model wants {description}; its task is {self.task!r}, not"
+                f" {request.task!r}"
+            )
+        wants = self.model.conditioner.wants
+        for name, kind in _CONDITIONS.items():
+            if getattr(request, name) is not None and wants != kind:
+                raise RequestError(
+                    f"{self.name}: the model wants {description}, but was given {_WORDS[name]}"
+                )
+            if getattr(request, name) is None and wants == kind:
+                raise RequestError(f"{self.name}: the model wants {description}")
 
     def request(self, **fields: Any) -> GenerationRequest:
         """Build a request for this model from the fields of `GenerationRequest`.
+
+        The task, where it is not given, is what the fields and the model say; the sampler and its
+        like are the model's own.
 
         Raises:
             RequestError: If a field is wrong, or the model wants another condition.
         """
         given = {name: value for name, value in fields.items() if value is not None}
-        wants = self.model.conditioner.wants
-        wrong = {"prompt": "caption", "class_label": "label"}
-        for name, kind in wrong.items():
+        told = {
+            "sampler": self.defaults.sampler,
+            "spacing": self.defaults.spacing,
+            "guidance_scale": self.defaults.guidance_scale,
+        }
+        if "spacing" not in given and " " in str(given.get("sampler", "")):
+            told["spacing"] = None  # a name such as "DPM++ 2M Karras" may say it
+        for name, value in told.items():
+            if value is not None:
+                given.setdefault(name, value)
+        task = given.pop("task", None) or self._task_of(given)
+        if missing := self._missing(given):
+            raise RequestError(missing)
+        request = GenerationRequest.from_dict({"task": task, "model": self.name, **given})
+        self.check(request)
+        return request
+
+    def _task_of(self, given: dict[str, Any]) -> Task:
+        if self.model.conditioner.wants_concat in ("low_res", "map"):
+            return self.task
+        if "padding" in given:
+            return "outpainting"
+        if "mask" in given:
+            return "inpainting"
+        return "image-to-image" if "image" in given else self.task
+
+    def _missing(self, given: dict[str, Any]) -> str | None:
+        """What the model wants, if the fields do not have it or have another condition."""
+        wants, description = self.model.conditioner.wants, self.model.conditioner.description
+        for name, kind in _CONDITIONS.items():
             if name in given and wants != kind:
-                what = "a prompt" if name == "prompt" else "a class"
-                raise RequestError(
-                    f"{self.name}: the model wants {self.model.conditioner.description},"
-                    f" but was given {what}"
-                )
+                return f"{self.name}: the model wants {description}, but was given {_WORDS[name]}"
             if name not in given and wants == kind:
-                raise RequestError(
-                    f"{self.name}: the model wants {self.model.conditioner.description}"
-                )
-        return GenerationRequest.from_dict({"task": self.task, "model": self.name, **given})
+                return f"{self.name}: the model wants {description}"
+        needed = {"low_res": ("image",), "map": ("semantic_map",), "inpainting": ("image",)}
+        for name in needed.get(self.model.conditioner.wants_concat or "", ()):
+            if name not in given:
+                return f"{self.name}: the model wants {description}"
+        return None
 
     def generate(
         self,
@@ -74,6 +195,9 @@ class Pipeline:
         *,
         class_label: str | int | None = None,
         negative_prompt: str | None = None,
+        image: Picture | InputImage | None = None,
+        mask: Picture | InputImage | None = None,
+        semantic_map: Picture | InputImage | None = None,
         num_images: int = 1,
         seed: int = 0,
         steps: int | None = None,
@@ -86,13 +210,19 @@ class Pipeline:
         height: int | None = None,
         batch_size: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        **more: Unpack[MoreFields],
     ) -> list[GeneratedImage]:
-        """Draw pictures; what is left out takes the default of `GenerationRequest`.
+        """Draw pictures; what is left out takes the model's default, or `GenerationRequest`'s.
 
         Args:
             prompt: For a text-conditional model.
             class_label: For a class-conditional model, a name or an index.
             negative_prompt: What guidance leads away from.
+            image: What to begin from, a file or a picture in memory: alone for image-to-image,
+                with ``mask`` for inpainting, with ``padding`` for outpainting; the small picture
+                for super-resolution.
+            mask: White where to draw.
+            semantic_map: Whose grey values are the classes of its pixels.
             num_images: How many pictures.
             seed: Picture k is drawn from ``seed + k`` alone.
             steps: Noise levels to visit.
@@ -105,6 +235,8 @@ class Pipeline:
             height: In pixels.
             batch_size: Pictures drawn at once; by default as many as fit well.
             on_progress: Called with (steps done, steps in all).
+            **more: Other fields of `GenerationRequest`: ``strength``, ``padding``, ``high_res``,
+                ``variation_seed``, ``adapters``, ``clip_skip``, ``tiling``, ….
 
         Returns:
             Pictures with the request that draws each again.
@@ -112,10 +244,20 @@ class Pipeline:
         Raises:
             RequestError: If the model cannot give what is asked.
         """
+        pictures = InputPictures()
+
+        def known(picture: Picture | InputImage | None) -> InputImage | None:
+            if picture is None or isinstance(picture, InputImage):
+                return picture
+            return pictures.add(picture)
+
         request = self.request(
             prompt=prompt,
             class_label=class_label,
             negative_prompt=negative_prompt,
+            image=known(image),
+            mask=known(mask),
+            semantic_map=known(semantic_map),
             num_images=num_images,
             seed=seed,
             steps=steps,
@@ -126,22 +268,47 @@ class Pipeline:
             eta=eta,
             width=width,
             height=height,
+            **more,
         )
-        return generate(self, request, batch_size=batch_size, on_progress=on_progress)
+        return generate(
+            self, request, pictures=pictures, batch_size=batch_size, on_progress=on_progress
+        )
 
 
-def load(model: str | Path, device: str = "auto", precision: str = "auto") -> Pipeline:
+def load(
+    model: str | Path,
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    config: str | Path | None = None,
+    family: str | None = None,
+    prediction: str | None = None,
+    weights: Weights = "auto",
+) -> Pipeline:
     """Load a model to draw with.
 
     Args:
-        model: A model folder or a finished run folder.
+        model: A model folder of Mezzotint's or of diffusers', a finished run folder, or a single
+            file of the original layout, ``.safetensors`` or ``.ckpt``.
         device: ``auto``, ``cpu``, ``cuda``, …
-        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``. The weights of public
+            checkpoints stand in memory in it.
+        config: The YAML of a single file, if it does not lie beside it.
+        family: What a single file is, if it is recognised wrongly.
+        prediction: ``epsilon`` or ``v_prediction``, if that of a single file is guessed wrongly.
+        weights: Of a single file with averaged weights, which to take: ``auto``, ``ema``, ``raw``.
 
     Raises:
         CheckpointError: If there is no such model, or it is damaged.
         ConfigError: If the device or the precision is not to be had.
     """
     execution = select_precision(precision, select_device(device))
-    folder = resolve_model(model)
-    return Pipeline(load_model(folder), execution, str(model))
+    loaded = load_any(
+        model,
+        dtype=execution.precision,
+        config=Path(config) if config is not None else None,
+        family=family,
+        prediction=prediction,
+        weights=weights,
+    )
+    return Pipeline(loaded.model, execution, str(model), loaded)

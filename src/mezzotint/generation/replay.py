@@ -1,6 +1,6 @@
 """A picture back to itself, bit for bit."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import torch
 
 from mezzotint.device import select_device
 from mezzotint.errors import ConfigError, RequestError
-from mezzotint.generation.generate import GeneratedImage, generate_each
+from mezzotint.generation.adapters import adapters_of
+from mezzotint.generation.generate import GeneratedImage, generate_each, nth
+from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.metadata import read_request
 from mezzotint.generation.pipeline import load
 
@@ -33,19 +35,26 @@ def _present(device: str) -> bool:
     return True
 
 
-def replay(path: Path, model: str | None = None, device: str = "auto") -> GeneratedImage:
+def replay(
+    path: Path,
+    model: str | None = None,
+    device: str = "auto",
+    inputs: Sequence[Path] = (),
+) -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
     The picture is drawn at the batch size, precision and thread count that it was drawn with.
 
     Args:
-        path: A PNG drawn by Mezzotint.
+        path: A picture drawn by Mezzotint.
         model: Where the model is now, if it has moved.
         device: Where to draw; ``auto`` is where it was drawn, if that device is here. Another kind
             of device may differ in the last bit.
+        inputs: The pictures that it began from, where they are no longer where they were.
 
     Raises:
-        RequestError: If the picture holds no request, or the model is not the one that drew it.
+        RequestError: If the picture holds no request, or the model, an adapter or an input is not
+            the one that drew it.
     """
     request = read_request(path)
     resolved = request.resolved
@@ -59,12 +68,16 @@ def replay(path: Path, model: str | None = None, device: str = "auto") -> Genera
             f"{path}: drawn by a model with the hash {resolved.model_hash}, but {pipeline.name} has"
             f" {pipeline.model_hash}; name the right one with --model"
         )
-    seed = request.seed + resolved.image_index
-    alone = request.model_copy(update={"num_images": 1, "resolved": None})
-    rows = [
-        alone.model_copy(update={"seed": max(0, seed + row - resolved.batch_row)})
-        for row in range(resolved.batch_size)
-    ]
+    pictures = InputPictures()
+    wanted = [i for i in (request.image, request.mask, request.semantic_map) if i is not None]
+    for supplied in inputs:
+        pictures.supply(supplied, wanted)
+    first = resolved.image_index - resolved.batch_row
+    rows = [nth(request, first + row) for row in range(resolved.batch_size)]
+    with pipeline.adapted(adapters_of(pipeline, request)) as sums:
+        if sums != resolved.adapters:
+            changed = sorted({n for n, _ in sums.items() ^ resolved.adapters.items()})
+            raise RequestError(f"{path}: other adapters drew it: {', '.join(changed)}")
     with _thread_count(resolved.threads):
-        drawn = generate_each(pipeline, rows, batch_size=len(rows))
+        drawn = generate_each(pipeline, rows, pictures=pictures, batch_size=len(rows))
     return GeneratedImage(drawn[resolved.batch_row].image, request)

@@ -9,14 +9,110 @@ from mezzotint.config import Config, Document
 from mezzotint.diffusion.names import find_sampler
 from mezzotint.errors import ConfigError, RequestError, nearest
 
-__all__ = ["GenerationRequest", "Resolved", "Task"]
+__all__ = [
+    "AdapterUse",
+    "GenerationRequest",
+    "HighRes",
+    "InputImage",
+    "LayoutBox",
+    "Resolved",
+    "Task",
+]
 
-Task = Literal["text-to-image", "class-to-image", "unconditional"]
+Task = Literal[
+    "text-to-image",
+    "class-to-image",
+    "unconditional",
+    "layout-to-image",
+    "map-to-image",
+    "super-resolution",
+    "image-to-image",
+    "inpainting",
+    "outpainting",
+]
 
 # seeds key 63-bit generators, and image k of a request takes seed + k
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Count = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Side = Annotated[int, Field(ge=0, le=8192)]
+
+# what each task takes and cannot do without, and what it may take besides
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "text-to-image": ("prompt",),
+    "class-to-image": ("class_label",),
+    "unconditional": (),
+    "layout-to-image": ("layout",),
+    "map-to-image": ("semantic_map",),
+    "super-resolution": ("image",),
+    "image-to-image": ("image",),
+    "inpainting": ("image", "mask"),
+    "outpainting": ("image", "padding"),
+}
+_CONDITIONS = ("prompt", "class_label", "layout")
+_BESIDE: Mapping[str, tuple[str, ...]] = {
+    "image-to-image": (*_CONDITIONS, "strength"),
+    "inpainting": (*_CONDITIONS, "strength"),
+    "outpainting": (*_CONDITIONS, "strength"),
+}
+_OF_SOME_TASKS = (*_CONDITIONS, "semantic_map", "image", "mask", "padding", "strength")
+
+
+class InputImage(Config):
+    """A picture that a request begins from. The request holds what identifies it, not the picture.
+
+    Attributes:
+        sha256: Of the file's bytes; or of a picture from memory, which has no file.
+        path: Where the file was.
+        of: What the sum is of: the ``file``, or the ``pixels`` as `inputs.pixel_sum` counts them.
+    """
+
+    sha256: Sha256
+    path: str | None = None
+    of: Literal["file", "pixels"] = "file"
+
+
+class LayoutBox(Config):
+    """An object of a layout.
+
+    Attributes:
+        label: The name or the index of its class.
+        box: Left, top, right and bottom as shares of the picture's width and height.
+    """
+
+    label: str | int
+    box: tuple[Share, Share, Share, Share]
+
+
+class AdapterUse(Config):
+    """A LoRA adapter and how strongly it acts.
+
+    Attributes:
+        name: Its path, or its name in the folders of adapters.
+        weight: 1 is as it was trained.
+    """
+
+    name: str
+    weight: Weight = 1.0
+
+
+class HighRes(Config):
+    """A second pass at a higher resolution, begun from the first one's picture.
+
+    Attributes:
+        scale: How many times as wide and as high.
+        strength: How much of the enlarged picture is drawn anew, as in image-to-image.
+        steps: Of the second pass, counted as in image-to-image; ``None``: as the first.
+        upscaler: ``latent`` enlarges the latents bilinearly, ``lanczos`` the decoded picture.
+    """
+
+    scale: Annotated[float, Field(gt=1, le=8)] = 2.0
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.7
+    steps: Count | None = None
+    upscaler: Literal["latent", "lanczos"] = "latent"
 
 
 class Resolved(Config):
@@ -33,6 +129,7 @@ class Resolved(Config):
         image_index: Which image of the request this is, from 0; its seed is ``seed + image_index``.
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
+        adapters: The sha256 of each adapter and embedding that acted, by name.
     """
 
     model_hash: str
@@ -46,6 +143,7 @@ class Resolved(Config):
     image_index: Annotated[int, Field(ge=0)]
     mezzotint_version: str
     torch_version: str
+    adapters: dict[str, Sha256] = {}
 
     @model_validator(mode="after")
     def _row_of_batch(self) -> Self:
@@ -64,10 +162,22 @@ class GenerationRequest(Document):
 
     Attributes:
         task: What the picture is drawn from.
-        prompt: What it shows, in words. Text-to-image only, where ``""`` is the null prompt.
+        prompt: What it shows, in words; ``""`` is the null prompt.
         negative_prompt: What guidance leads away from instead of the null prompt.
-        class_label: What it shows, as the name or the index of a class. Class-to-image only.
+        class_label: What it shows, as the name or the index of a class.
+        layout: What it shows where.
+        semantic_map: A picture whose grey values are the classes of its pixels.
+        image: What the picture begins from; for super-resolution, the small picture.
+        mask: Of the size of ``image``, white where to draw and black where to keep.
+        padding: How many pixels outpainting adds left, above, right and below.
+        strength: How much of ``image`` is drawn anew, above 0 up to 1: the share of the steps that
+            are made; ``None`` is 0.75 for image-to-image and 1 for inpainting and outpainting.
+        high_res: A second pass at a higher resolution.
         seed: Image k of the request is drawn from ``seed + k`` alone.
+        variation_seed: Where the starting noise turns to by ``variation_strength``. Then every
+            image is drawn from ``seed``, and image k turns to ``variation_seed + k``.
+        variation_strength: 0 is the noise of ``seed``, 1 that of ``variation_seed``; between, the
+            way along the sphere.
         num_images: How many.
         steps: How many noise levels the sampler visits.
         sampler: A name of `mezzotint.diffusion.samplers.SAMPLERS`, or one of other software's that
@@ -78,8 +188,14 @@ class GenerationRequest(Document):
         guidance_rescale: phi of arXiv 2305.08891, section 3.4, in [0, 1].
         eta: Fresh noise of the DDIM family (arXiv 2010.02502, equation 16): 0 is deterministic,
             1 is DDPM; ``None`` is the sampler's default.
-        width: Of the picture, in pixels; ``None`` is the model's own.
-        height: Of the picture, in pixels; ``None`` is the model's own.
+        emphasis: How brackets in prompts act; see `mezzotint.conditioning.base.TextOptions`.
+        clip_skip: 1 reads the text encoder's own last layer, 2 the one before it.
+        adapters: LoRA adapters beside those that the prompt names.
+        tiling: Whether left and right, and top and bottom, shall fit together.
+        tiled_decoding: Decode in overlapping tiles: less memory for large pictures, at the price of
+            slight differences.
+        width: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
+        height: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
         model: The name or path that the model was loaded by.
         resolved: What it was drawn with; filled in by the pipeline.
     """
@@ -88,7 +204,16 @@ class GenerationRequest(Document):
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: str | int | None = None
+    layout: tuple[LayoutBox, ...] | None = None
+    semantic_map: InputImage | None = None
+    image: InputImage | None = None
+    mask: InputImage | None = None
+    padding: tuple[Side, Side, Side, Side] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    high_res: HighRes | None = None
     seed: Seed = 0
+    variation_seed: Seed | None = None
+    variation_strength: Share = 0.0
     num_images: Count = 1
     steps: Count = 25
     sampler: str = "ddim"
@@ -99,6 +224,12 @@ class GenerationRequest(Document):
     guidance_scale: Finite = 3.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    # `mezzotint.conditioning.base.Emphasis` again, which would import torch
+    emphasis: Literal["original", "no_norm", "ignore", "none"] = "original"
+    clip_skip: Annotated[int, Field(ge=1, le=100)] = 1
+    adapters: tuple[AdapterUse, ...] = ()
+    tiling: bool = False
+    tiled_decoding: bool = False
     width: Annotated[int, Field(ge=1, le=16384)] | None = None
     height: Annotated[int, Field(ge=1, le=16384)] | None = None
     model: str | None = None
@@ -130,15 +261,35 @@ class GenerationRequest(Document):
 
     @model_validator(mode="after")
     def _condition_fits_task(self) -> Self:
-        takes = {"text-to-image": "prompt", "class-to-image": "class_label"}.get(self.task)
-        for name in ("prompt", "class_label"):
-            if name != takes and getattr(self, name) is not None:
-                hint = f"; give {takes} instead" if takes else ""
+        required = _REQUIRED[self.task]
+        allowed = required + _BESIDE.get(self.task, ())
+        for name in _OF_SOME_TASKS:
+            if getattr(self, name) is not None and name not in allowed:
+                hint = f"; give {' and '.join(required)} instead" if required else ""
                 raise ValueError(f"{name}: not for the task {self.task!r}{hint}")
-        if takes is not None and getattr(self, takes) is None:
-            raise ValueError(f"{takes}: required by the task {self.task!r}, but missing")
-        if self.negative_prompt is not None and takes != "prompt":
-            raise ValueError(f"negative_prompt: not for the task {self.task!r}")
+        for name in required:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: required by the task {self.task!r}, but missing")
+        given = [name for name in _CONDITIONS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other; give one")
+        if self.negative_prompt is not None and self.prompt is None:
+            raise ValueError(f"negative_prompt: not for the task {self.task!r} without a prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Self:
+        if self.variation_strength and self.variation_seed is None:
+            raise ValueError("variation_strength: needs a variation_seed")
+        if self.padding is not None and not any(self.padding):
+            raise ValueError("padding: adds nothing; give pixels for at least one side")
+        if self.padding is not None and (self.width or self.height):
+            raise ValueError("width, height: outpainting's size is the image's with its padding")
+        fixed = ("inpainting", "outpainting", "super-resolution", "map-to-image")
+        if self.high_res is not None and self.task in fixed:
+            raise ValueError(f"high_res: not for the task {self.task!r}, whose size is the image's")
+        if self.tiling and self.tiled_decoding:
+            raise ValueError("tiling and tiled_decoding exclude each other: tiles have edges")
         return self
 
     @classmethod

@@ -5,36 +5,23 @@ is read but the headers until a tensor is asked for.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError
-from mezzotint.storage.unpickle import StoredTensor, read_pickle
+from mezzotint.storage.safetensors_file import read_header
+from mezzotint.storage.stored import StoredTensor
+from mezzotint.storage.unpickle import read_pickle
 
 __all__ = ["TensorInfo", "Tensors", "find_weights", "open_tensors"]
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_MOST_HEADER = 16 << 20  # bytes; that of a model with 10,000 tensors has 1 MB
-_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_MOST_INDEX = 16 << 20  # bytes; that of a model with 10,000 tensors has 1 MB
 
 
 @dataclass(frozen=True)
@@ -55,62 +42,74 @@ class TensorInfo:
 class Tensors(Mapping[str, TensorInfo]):
     """The tensors of one file or of several, by name.
 
-    Attributes:
-        paths: The files.
+    Args:
+        stored: The tensors where they lie.
         metadata: What safetensors keeps beside its tensors.
         beside: What a pickle holds beside its tensors, such as ``global_step``.
-        stored: The tensors of pickles, where they lie.
+
+    Attributes:
+        paths: The files.
+        stored: As given.
+        metadata: As given.
+        beside: As given.
     """
 
     def __init__(
         self,
-        infos: Mapping[str, TensorInfo],
+        stored: Mapping[str, StoredTensor],
         *,
-        stored: Mapping[str, StoredTensor] | None = None,
         metadata: Mapping[str, str] | None = None,
         beside: Mapping[str, Any] | None = None,
     ) -> None:
-        self._infos = dict(infos)
-        self.stored = dict(stored or {})
-        self.paths = tuple(dict.fromkeys(info.path for info in self._infos.values()))
+        self.stored = dict(stored)
+        self.paths = tuple(dict.fromkeys(tensor.path for tensor in self.stored.values()))
         self.metadata = dict(metadata or {})
         self.beside = dict(beside or {})
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._infos[name]
+        tensor = self.stored[name]
+        return TensorInfo(tensor.dtype, tensor.shape, tensor.path)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._infos)
+        return len(self.stored)
 
-    def read(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Read all tensors.
+    def select(self, names: Iterable[str]) -> "Tensors":
+        """Return some of them alone, in the order that is given."""
+        return Tensors(
+            {name: self.stored[name] for name in names},
+            metadata=self.metadata,
+            beside=self.beside,
+        )
+
+    def read(
+        self, dtype: torch.dtype | None = None, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Read tensors, each into memory of its own.
 
         Args:
             dtype: That floating-point ones are turned into, one after the other, so that no more
                 than one stands in memory twice; None keeps each.
+            names: Which; all if not given.
 
         Raises:
             CheckpointError: If a file is no longer what it was.
         """
-        found = {name: _cast(tensor.read(), dtype) for name, tensor in self.stored.items()}
-        for path in self.paths:
-            names = [n for n, info in self._infos.items() if info.path == path and n not in found]
-            if not names:
-                continue
-            with _opened(path) as file:
-                for name in names:
-                    try:
-                        found[name] = _cast(file.get_tensor(name), dtype)
-                    except SafetensorError as error:
-                        raise CheckpointError(f"{path}: was changed: {error}") from None
-        return {name: found[name] for name in self._infos}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        wanted = {n: self.stored[n] for n in (self.stored if names is None else names)}
+        turned = {
+            name: tensor
+            for name, tensor in wanted.items()
+            if dtype not in (None, tensor.dtype) and tensor.dtype.is_floating_point
+        }
+        # all that are turned pass through the same memory, so that none leaves a hole in it
+        most = max((tensor.size for tensor in turned.values()), default=0)
+        scratch = torch.empty(most, dtype=torch.uint8)
+        return {
+            name: tensor.read(scratch).to(dtype) if name in turned else tensor.read()
+            for name, tensor in wanted.items()
+        }
 
 
 def open_tensors(path: Path) -> Tensors:
@@ -129,7 +128,8 @@ def open_tensors(path: Path) -> Tensors:
     if path.name.endswith(".json"):
         return _open_parts(path)
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        stored, metadata = read_header(path)
+        return Tensors(stored, metadata=metadata)
     if path.suffix in PICKLES:
         return _open_pickle(path)
     known = ", ".join((".safetensors", *PICKLES))
@@ -168,34 +168,6 @@ def find_weights(folder: Path, stem: str) -> Path:
     raise CheckpointError(f"{folder / stem}.safetensors: no such file; there is {there}")
 
 
-def _opened(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if _MOST_HEADER < length <= path.stat().st_size:
-            raise CheckpointError(
-                f"{path}: refused: its header has {length:,} bytes, more than the {_MOST_HEADER:,}"
-                " that any checkpoint needs"
-            )
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a file of weights: {error}") from None
-
-
-def _open_safetensors(path: Path) -> Tensors:
-    infos: dict[str, TensorInfo] = {}
-    with _opened(path) as file:
-        for name in file.keys():  # noqa: SIM118, it is no dictionary
-            header = file.get_slice(name)
-            dtype = _DTYPES.get(header.get_dtype())
-            if dtype is None:
-                raise CheckpointError(
-                    f"{path}: {name[:80]!r} is of type {header.get_dtype()}, unknown"
-                )
-            infos[name] = TensorInfo(dtype, tuple(header.get_shape()), path)
-        return Tensors(infos, metadata=file.metadata())
-
-
 def _open_pickle(path: Path) -> Tensors:
     root = read_pickle(path)
     beside: dict[str, Any] = {}
@@ -212,14 +184,13 @@ def _open_pickle(path: Path) -> Tensors:
     }
     if not stored:
         raise CheckpointError(f"{path}: holds no named tensors")
-    infos = {name: TensorInfo(t.dtype, t.shape, path) for name, t in stored.items()}
-    return Tensors(infos, stored=stored, beside=beside)
+    return Tensors(stored, beside=beside)
 
 
 def _open_parts(path: Path) -> Tensors:
     try:
-        if path.stat().st_size > _MOST_HEADER:
-            raise ValueError(f"more than {_MOST_HEADER:,} bytes")
+        if path.stat().st_size > _MOST_INDEX:
+            raise ValueError(f"more than {_MOST_INDEX:,} bytes")
         index = json.loads(path.read_text(encoding="utf-8"))
         places = cast(dict[Any, Any], index["weight_map"])
         names = dict.fromkeys(str(file) for file in places.values())
@@ -230,7 +201,6 @@ def _open_parts(path: Path) -> Tensors:
         if Path(file).name != file or file.endswith(".json"):
             raise CheckpointError(f"{path}: refused: {file!r} is no file beside it")
         parts[file] = open_tensors(path.parent / file)
-    infos: dict[str, TensorInfo] = {}
     stored: dict[str, StoredTensor] = {}
     for name, file in places.items():
         part = parts[str(file)]
@@ -238,7 +208,5 @@ def _open_parts(path: Path) -> Tensors:
             raise CheckpointError(
                 f"{path.parent / str(file)}: has no {name!r}, as {path.name} says"
             )
-        infos[name] = part[name]
-    for part in parts.values():
-        stored |= {n: t for n, t in part.stored.items() if n in infos}
-    return Tensors(infos, stored=stored)
+        stored[name] = part.stored[name]
+    return Tensors(stored)

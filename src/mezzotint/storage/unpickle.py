@@ -8,24 +8,25 @@ held against the file before it is believed, and what it may make is counted.
 """
 
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mezzotint.errors import CheckpointError
 from mezzotint.storage.archive import StoredArchive
 from mezzotint.storage.pickle_machine import Malformed, StandIn, run
+from mezzotint.storage.stored import Storage, StoredTensor, extent
 
 __all__ = ["StandIn", "StoredTensor", "read_pickle"]
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_BYTES = 16 << 20  # of a pickle; the longest of a real checkpoint have 5 MB
 _MOST_DIMENSIONS = 8
+_MOST_EXPANDED = 1 << 22  # elements of a file's tensors that are said to be more than lie there
 
 _DTYPES: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -90,61 +91,6 @@ _INERT: Mapping[str, str] = {
     "torch.nn.parameter": "Parameter",
     "typing": "Any",
 }
-
-
-@dataclass
-class _Storage:
-    """A run of numbers in the file; where it begins may be known only after the pickle."""
-
-    key: str
-    dtype: torch.dtype
-    elements: int
-    start: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.elements * self.dtype.itemsize
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A tensor that lies in a file, as the file describes it.
-
-    Attributes:
-        path: The file.
-        dtype: Of its numbers.
-        shape: Its shape.
-        stride: Steps in its storage, in elements.
-        offset: Where it begins in its storage, in bytes.
-        storage: Where that begins in the file.
-    """
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    storage: _Storage
-
-    def read(self) -> Tensor:
-        """Read the tensor.
-
-        Raises:
-            CheckpointError: If the file is no longer what it was.
-        """
-        extent = _extent(self.shape, self.stride)
-        if extent == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        data = bytearray(extent * self.dtype.itemsize)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.storage.start + self.offset)
-                read = file.readinto(data)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
-        if read != len(data):
-            raise CheckpointError(f"{self.path}: is shorter than it was; was it changed?")
-        return torch.frombuffer(data, dtype=self.dtype).as_strided(self.shape, self.stride)
 
 
 def read_pickle(path: Path) -> Any:
@@ -243,8 +189,9 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
         self._stand_ins: dict[str, StandIn] = {}
+        self._expanded = 0
         plain: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": _dictionary,
             "collections.Counter": _dictionary,
@@ -303,7 +250,7 @@ class _Reader:
             " of it was run"
         )
 
-    def _storage(self, pid: Any) -> _Storage:
+    def _storage(self, pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(parts := cast(tuple[Any, ...], pid)) < 5:
             raise Malformed("a reference to a storage is malformed")
         mark, dtype, key, _, elements = parts[:5]
@@ -316,7 +263,7 @@ class _Reader:
             raise Malformed("a reference to a storage is malformed")
         if len(parts) > 5 and parts[5] is not None:
             raise Malformed("a storage that is a part of another is not supported")
-        storage = self.storages.setdefault(key, _Storage(key, dtype, elements))
+        storage = self.storages.setdefault(key, Storage(key, dtype, elements))
         if (storage.dtype, storage.elements) != (dtype, elements):
             raise Malformed(f"storage {key[:80]!r} is described in two ways")
         return storage
@@ -325,7 +272,7 @@ class _Reader:
         self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any, dtype: Any = None
     ) -> StoredTensor:
         if (
-            not isinstance(storage, _Storage)
+            not isinstance(storage, Storage)
             or not _is_count(offset)
             or not _are_counts(shape)
             or not _are_counts(stride)
@@ -334,10 +281,10 @@ class _Reader:
             raise Malformed("a tensor is malformed")
         kind = dtype or storage.dtype
         elements = storage.size // kind.itemsize
-        extent, count = _extent(shape, stride), 1
-        for side in shape:
-            count *= side
-        if (offset + extent > elements and extent) or count > elements:
+        length, count = extent(shape, stride), math.prod(shape)
+        if count > elements:
+            self._expanded += count
+        if (offset + length > elements and length) or self._expanded > _MOST_EXPANDED:
             raise CheckpointError(
                 f"{self.path}: a tensor of shape {shape} does not fit into its storage of"
                 f" {elements:,} elements"
@@ -359,13 +306,6 @@ def _are_counts(values: Any) -> bool:
         return False
     counts = cast(tuple[Any, ...], values)
     return len(counts) <= _MOST_DIMENSIONS and all(map(_is_count, counts))
-
-
-def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """How many elements of a storage lie between the first of a tensor and its last."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def _sequence(items: Any) -> list[Any]:

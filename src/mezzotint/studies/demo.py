@@ -13,7 +13,7 @@ from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.evaluation.metrics import image_features, psnr, retrieval, shifted_psnr
 from mezzotint.generation.generate import GeneratedImage, generate_each
-from mezzotint.generation.metadata import write_png
+from mezzotint.generation.metadata import write_image
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.models.features import load_features
 from mezzotint.rng import keyed_generator
@@ -66,7 +66,7 @@ def run_demo(output: Path, console: Console | None = None) -> DemoScores:
     sheet = image_grid([d.image for d in drawn], columns=8, labels=captions, scale=2)
     sheet.save(output / "grid.png")
     for number, item in enumerate(drawn):
-        write_png(item.image, item.request, output / "drawn" / f"{number:02d}.png")
+        write_image(item.image, item.request, output / "drawn" / f"{number:02d}.png")
     scores = score(pipeline, data, drawn)
     (output / "scores.json").write_text(json.dumps(asdict(scores), indent=1) + "\n")
     minutes = (time.monotonic() - begun) / 60

@@ -22,9 +22,9 @@ from mezzotint.evaluation.grids import image_grid
 from mezzotint.evaluation.plan import check_counts, open_drawn
 from mezzotint.evaluation.protocol import EvaluationProtocol, Metric
 from mezzotint.evaluation.reference import RealPictures
-from mezzotint.generation.generate import decode_latents, sample_latents, to_images
 from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.request import GenerationRequest
+from mezzotint.generation.sampling import decode_latents, sample_latents, to_images
 from mezzotint.models.features import metric_name
 from mezzotint.studies.machine import Machine, this_machine
 

@@ -1,0 +1,64 @@
+"""From one layout to another: diffusers' folders, and single files of the original code."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mezzotint.checkpoints.load import load_any
+from mezzotint.checkpoints.loaded import Weights
+from mezzotint.checkpoints.pipelines import save_pipeline
+from mezzotint.checkpoints.single_file import save_single_file
+from mezzotint.errors import CheckpointError
+
+__all__ = ["Layout", "convert"]
+
+Layout = Literal["diffusers", "compvis"]
+SUFFIXES = (".safetensors", ".ckpt")
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Weights = "auto",
+    config: Path | None = None,
+    family: str | None = None,
+    prediction: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write a model in another layout; every tensor that both can hold stays equal.
+
+    Args:
+        source: Any model that `mezzotint.checkpoints.load.load_any` reads.
+        target: A folder for ``diffusers``; a ``.safetensors`` or ``.ckpt`` file for ``compvis``.
+        to: The layout.
+        dtype: Of the floating-point weights; None leaves each as it is.
+        weights: Of a file with averaged weights, which to take.
+        config: The YAML of a single file.
+        family: What a single file is, if it is recognised wrongly.
+        prediction: What it predicts, if that is guessed wrongly.
+        overwrite: Whether what stands at ``target`` may be replaced.
+
+    Returns:
+        Sentences on what was guessed, and on what the layout could not hold.
+
+    Raises:
+        CheckpointError: If the source cannot be read, or the target not be written.
+    """
+    if to == "compvis" and target.suffix not in SUFFIXES:
+        raise CheckpointError(f"{target}: a single file is named *.safetensors or *.ckpt")
+    if to == "diffusers" and target.suffix in SUFFIXES:
+        raise CheckpointError(f"{target}: a diffusers model is a folder; name it without a suffix")
+    if not overwrite and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        raise CheckpointError(f"{target}: is there already; choose another name, or --overwrite")
+    loaded = load_any(
+        source, dtype=None, family=family, prediction=prediction, weights=weights, config=config
+    )
+    if to == "compvis":
+        lost = save_single_file(loaded.model, target, dtype=dtype)
+    else:
+        lost = save_pipeline(loaded.model, target, dtype=dtype, defaults=loaded.defaults)
+    return [*loaded.notes, *lost]

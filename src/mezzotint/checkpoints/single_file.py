@@ -1,0 +1,351 @@
+"""Single files of the original layout: a whole model in one file, and a YAML file beside it.
+
+Formats: CompVis/stable-diffusion and CompVis/latent-diffusion, as ``.safetensors`` or as ``.ckpt``
+of PyTorch Lightning, where averaged weights may lie beside the UNet's own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mezzotint.checkpoints.compvis import Rule, TensorMap
+from mezzotint.checkpoints.compvis_config import CompvisConfig, read_compvis_config
+from mezzotint.checkpoints.compvis_write import Described, describe
+from mezzotint.checkpoints.folder import (
+    fill_unsaved_buffers,
+    load_state_strictly,
+    whole_or_not,
+    write_atomically,
+)
+from mezzotint.checkpoints.loaded import LoadedModel, Weights
+from mezzotint.checkpoints.model import folded
+from mezzotint.checkpoints.recognition import EMA, Recognised, build_first_stage, recognise
+from mezzotint.checkpoints.sketch import PREFIXES
+from mezzotint.conditioning.base import Conditioner, Unconditional
+from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
+from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
+from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
+from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
+from mezzotint.conditioning.spatial import (
+    HybridConditioner,
+    InpaintingConditioner,
+    InpaintingConditionerConfig,
+    LowResConditioner,
+    LowResConditionerConfig,
+    SemanticMapConditioner,
+    SemanticMapConditionerConfig,
+)
+from mezzotint.conditioning.vocabularies import bert_tokenizer, clip_tokenizer
+from mezzotint.config import Config
+from mezzotint.errors import CheckpointError, ConfigError
+from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.models.autoencoder import AutoencoderKL
+from mezzotint.models.unet import UNet
+from mezzotint.storage.safetensors_file import Entry, write_safetensors
+from mezzotint.storage.tensors import Tensors, open_tensors
+
+__all__ = ["find_config", "load_single_file", "save_single_file"]
+
+_CONDITIONERS: Mapping[type[Config], Callable[[Any], Conditioner]] = {
+    ClipConditionerConfig: lambda config: ClipConditioner(config, clip_tokenizer()),
+    BertTextConditionerConfig: lambda config: BertTextConditioner(config, bert_tokenizer()),
+    LayoutConditionerConfig: LayoutConditioner,
+    ClassConditionerConfig: ClassConditioner,
+    SemanticMapConditionerConfig: SemanticMapConditioner,
+    LowResConditionerConfig: LowResConditioner,
+    InpaintingConditionerConfig: InpaintingConditioner,
+}
+_SPEC_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+def find_config(path: Path) -> Path | None:
+    """Return the YAML file beside a single file, if there is one."""
+    beside = (path.with_suffix(suffix) for suffix in (".yaml", ".yml"))
+    return next((candidate for candidate in beside if candidate.is_file()), None)
+
+
+def load_single_file(
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    config: Path | None = None,
+    family: str | None = None,
+    prediction: str | None = None,
+    weights: Weights = "auto",
+) -> LoadedModel:
+    """Read a single file.
+
+    No more than one tensor stands in memory beside the weights that are kept.
+
+    Args:
+        path: ``.safetensors`` or ``.ckpt``.
+        dtype: Of the floating-point weights in memory; None keeps each as it is stored.
+        config: Its YAML; if not given, the file of its name beside it, where there is one.
+        family: A name of `mezzotint.checkpoints.families.FAMILIES`, in place of a guess.
+        prediction: ``epsilon``, ``v_prediction`` or ``sample``, in place of a guess.
+        weights: Of a file with averaged weights, which to take for the UNet.
+
+    Raises:
+        CheckpointError: If the file or its YAML is missing, damaged or hostile, of no known family,
+            or not all of a model is there; or averaged weights are asked for where there are none.
+        MissingExtraError: If it needs a package that is not installed.
+    """
+    tensors = open_tensors(path)
+    source = config or find_config(path)
+    told = read_compvis_config(source) if source is not None else None
+    found = recognise(tensors, told, family=family, prediction=prediction)
+    found.require_loadable()
+    averaged = _averaged(found, tensors, weights)
+    try:
+        model = _assemble(found, tensors, dtype, averaged)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    decisive = source is not None and not _told_by_file(found, tensors, family, prediction)
+    return LoadedModel(
+        model=model.eval(),
+        defaults=found.family.defaults,
+        files=(path, source) if source is not None and decisive else (path,),
+        notes=tuple(_notes(found, told, averaged)),
+    )
+
+
+def save_single_file(
+    model: LatentDiffusion, path: Path, *, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Write a model as a single file, and the YAML of its name beside it.
+
+    Args:
+        model: Of a family of `mezzotint.checkpoints.families.FAMILIES`, at any width.
+        path: ``.safetensors`` or ``.ckpt``; written whole or not at all.
+        dtype: Of the floating-point weights; None keeps each as it is.
+
+    Returns:
+        Sentences on what the layout could not hold.
+
+    Raises:
+        CheckpointError: If the layout has no place for the model, or it cannot be written.
+    """
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise CheckpointError(f"{path}: a single file is named *.safetensors or *.ckpt")
+    lost: list[str] = []
+    if not model.normalization.is_scalar:
+        model = _scaled_by_one(model, path)
+        lost.append("the latents' statistics per channel were folded into the first stage")
+    beside = path.with_suffix(".yaml")
+    described = describe(model, _scale_factor(model), beside)
+    entries = [*_entries(described, dtype), *_markers(model, described)]
+    height, width = model.image_size
+    metadata = {
+        "format": "pt",
+        "modelspec.prediction_type": _SPEC_PREDICTIONS[model.schedule_config.prediction_type],
+        "modelspec.resolution": f"{width}x{height}",
+    }
+    with whole_or_not(path) as temporary:
+        if path.suffix == ".safetensors":
+            write_safetensors(temporary, entries, metadata)
+        else:
+            state = {name: give().to(kind) for name, kind, _, give in entries}
+            torch.save({"state_dict": state, "global_step": 0}, temporary)
+    text = yaml.safe_dump(described.yaml, sort_keys=False, allow_unicode=True)
+    write_atomically(beside, text.encode())
+    return [*lost, *_lost(described, beside)]
+
+
+def _assemble(
+    found: Recognised, tensors: Tensors, dtype: torch.dtype | None, averaged: bool
+) -> LatentDiffusion:
+    assert found.unet is not None and found.first_stage is not None and found.schedule is not None
+    load = partial(_load, found, tensors, dtype)
+    conditioner = _conditioner(found, load)
+    unet = cast(UNet, load("unet", partial(UNet, found.unet), averaged=averaged))
+    stage = partial(build_first_stage, found.first_stage)
+    first_stage = cast(FirstStage, load("first_stage", stage))
+    scale = found.scale_factor
+    if scale is None:
+        scale = float(tensors.read(torch.float64, ["scale_factor"])["scale_factor"])
+        if not 0 < scale < float("inf"):
+            raise CheckpointError(f"{found.paths[0]}: scale_factor is {scale}, expected above 0")
+    normalization = LatentNormalization.from_scale_factor(scale)
+    return LatentDiffusion(
+        first_stage, unet, conditioner, found.schedule, normalization, found.image_size
+    )
+
+
+def _load(
+    found: Recognised,
+    tensors: Tensors,
+    dtype: torch.dtype | None,
+    part: str,
+    build: Callable[[], nn.Module],
+    *,
+    averaged: bool = False,
+) -> nn.Module:
+    """Build a part without weights and let it take over those of the file."""
+    with torch.device("meta"):
+        module = build()
+    mapping = found.maps.get(part)
+    if mapping is not None:
+        ours = _read(mapping, PREFIXES[part], tensors, dtype, averaged)
+        load_state_strictly(module, ours, found.paths[0])
+    fill_unsaved_buffers(module)
+    return module
+
+
+def _read(
+    mapping: TensorMap, prefix: str, tensors: Tensors, dtype: torch.dtype | None, averaged: bool
+) -> dict[str, Tensor]:
+    """The tensors of a part by our names."""
+    names = {rule.theirs: prefix + rule.theirs for rule in mapping.rules}
+    if averaged:
+        average = {theirs: _average_of(name) for theirs, name in names.items()}
+        # what was not trained has no average
+        names |= {theirs: name for theirs, name in average.items() if name in tensors}
+    theirs = tensors.read(dtype, names.values())
+    ours: dict[str, Tensor] = {}
+    for rule in mapping.rules:
+        ours.update(zip(rule.ours, rule.part(theirs.pop(names[rule.theirs])), strict=True))
+    return ours
+
+
+def _average_of(name: str) -> str:
+    """The name of a weight's average, which has no dots."""
+    return EMA + name.removeprefix("model.").replace(".", "")
+
+
+def _averaged(found: Recognised, tensors: Tensors, weights: Weights) -> bool:
+    """Whether to take the averaged weights."""
+    if weights == "ema" and not found.has_ema:
+        raise CheckpointError(
+            f"{found.paths[0]}: has no averaged weights ({EMA}…); say --weights raw, or auto"
+        )
+    if weights == "raw" or not found.has_ema:
+        return False
+    for rule in found.maps["unet"].rules:
+        name = _average_of(PREFIXES["unet"] + rule.theirs)
+        if name in tensors and tensors[name].shape != tuple(rule.theirs_shape):
+            raise CheckpointError(
+                f"{found.paths[0]}: {name} is {tensors[name].shape} where"
+                f" {tuple(rule.theirs_shape)} was expected; say --weights raw"
+            )
+    return True
+
+
+def _conditioner(found: Recognised, load: Callable[..., nn.Module]) -> Conditioner:
+    if found.main is not None:
+        main = cast(Conditioner, load("conditioner", partial(_build, found.main)))
+        # what is concatenated beside another condition has no tensors
+        return HybridConditioner(main, _build(found.spatial)) if found.spatial else main
+    if found.spatial is not None:
+        return cast(Conditioner, load("conditioner", partial(_build, found.spatial)))
+    return Unconditional()
+
+
+def _build(config: Config) -> Conditioner:
+    return _CONDITIONERS[type(config)](config)
+
+
+def _told_by_file(
+    found: Recognised, tensors: Tensors, family: str | None, prediction: str | None
+) -> bool:
+    """Whether the file alone would have been read as the same model."""
+    try:
+        alone = recognise(tensors, None, family=family, prediction=prediction)
+    except CheckpointError:
+        return False
+    fields = ("unet", "head_order", "first_stage", "main", "spatial", "schedule", "scale_factor")
+    same = all(getattr(alone, name) == getattr(found, name) for name in (*fields, "image_size"))
+    return same and not alone.problems
+
+
+def _notes(found: Recognised, told: CompvisConfig | None, averaged: bool) -> Iterator[str]:
+    if told is None:
+        name, reason = found.family.name, found.family_reason
+        yield f"read as {name} ({found.family.description}): {reason}"
+        yield f"it predicts {found.prediction}: {found.prediction_reason}"
+    if found.has_ema:
+        kind = "averaged weights of the UNet were" if averaged else "UNet's own weights were"
+        yield f"the {kind} taken; --weights chooses"
+    if strays := found.unexpected:
+        yield f"left out, as unknown: {', '.join(strays[:4])}{', …' if len(strays) > 4 else ''}"
+
+
+def _scaled_by_one(model: LatentDiffusion, path: Path) -> LatentDiffusion:
+    """The same model with the statistics of its latents in its first stage."""
+    if not isinstance(model.first_stage, AutoencoderKL):
+        raise CheckpointError(
+            f"{path}: the original layout has no place for statistics per channel of a"
+            f" {type(model.first_stage).__name__}; write a folder instead"
+        )
+    return LatentDiffusion(
+        folded(model.first_stage, model.normalization),
+        model.unet,
+        model.conditioner,
+        model.schedule_config,
+        LatentNormalization.from_scale_factor(1.0),
+        model.image_size,
+    )
+
+
+def _scale_factor(model: LatentDiffusion) -> float:
+    """The scale factor, as the published models write it where it is theirs."""
+    for published in (1.0, 0.18215):
+        same = LatentNormalization.from_scale_factor(published)
+        if torch.equal(same.std, model.normalization.std.cpu()):
+            return published
+    return model.normalization.scale_factor
+
+
+def _entries(described: Described, dtype: torch.dtype | None) -> Iterator[Entry]:
+    for part in described.parts:
+        tensors = part.module.state_dict()
+        for rule in part.map.rules:
+            of = tensors[rule.ours[0]]
+            kind = dtype if dtype is not None and of.is_floating_point() else of.dtype
+            give = partial(_join, rule, tensors)
+            yield part.prefix + rule.theirs, kind, tuple(rule.theirs_shape), give
+
+
+def _join(rule: Rule, tensors: Mapping[str, Tensor]) -> Tensor:
+    return rule.join([tensors[name].detach().cpu() for name in rule.ours])
+
+
+def _markers(model: LatentDiffusion, described: Described) -> Iterator[Entry]:
+    """What tells other programs, and us without the YAML, of prediction and scale."""
+    marks: dict[str, Tensor] = {}
+    known = described.family.settings(model.first_stage.config.to_dict())
+    if (scale := _scale_factor(model)) != known.scale_factor:
+        marks["scale_factor"] = torch.tensor(scale, dtype=torch.float64)
+    if model.schedule_config.prediction_type == "v_prediction":
+        marks["v_pred"] = torch.zeros(0)
+    if model.schedule_config.zero_terminal_snr:
+        marks["ztsnr"] = torch.zeros(0)
+    for name, tensor in marks.items():
+        yield name, tensor.dtype, tuple(tensor.shape), tensor.clone
+
+
+def _lost(described: Described, beside: Path) -> Iterator[str]:
+    for part in described.parts:
+        for name in part.map.unmapped:
+            yield f"{part.prefix}: the original layout has no place for {name}"
+    if described.own:
+        yield (
+            f"{beside.name} says under 'mezzotint' what other software does not read:"
+            f" {', '.join(described.own)}"
+        )
+    for part in described.parts:
+        for kind, shipped in (
+            (ClipConditioner, clip_tokenizer),
+            (BertTextConditioner, bert_tokenizer),
+        ):
+            if isinstance(part.module, kind) and _differ(part.module.tokenizer, shipped()):
+                yield "its tokenizer is not the published one, which a single file is read with"
+
+
+def _differ(tokenizer: Tokenizer, published: Tokenizer) -> bool:
+    return tokenizer.get_vocab() != published.get_vocab()

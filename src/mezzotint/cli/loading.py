@@ -1,0 +1,56 @@
+"""Options that say how a model is read, the same for every command that reads one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from mezzotint.generation.pipeline import Pipeline
+
+__all__ = [
+    "ConfigOption",
+    "DeviceOption",
+    "FamilyOption",
+    "PrecisionOption",
+    "PredictionOption",
+    "WeightsOption",
+    "open_model",
+]
+
+_PANEL = "The model"
+
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_PANEL)
+]
+PrecisionOption = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PANEL)
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="The YAML of a single file.", rich_help_panel=_PANEL),
+]
+FamilyOption = Annotated[
+    str | None,
+    typer.Option(help="What a single file is, if guessed wrongly.", rich_help_panel=_PANEL),
+]
+PredictionOption = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    typer.Option(help="What it predicts, if guessed wrongly.", rich_help_panel=_PANEL),
+]
+WeightsOption = Annotated[
+    Literal["auto", "ema", "raw"],
+    typer.Option(help="Averaged weights or not; auto: if there.", rich_help_panel=_PANEL),
+]
+
+
+def open_model(model: str, **options: Any) -> "Pipeline":
+    """Load a model and say on standard error what was guessed or left out."""
+    import sys
+
+    from mezzotint.generation.pipeline import load
+
+    pipeline = load(model, **options)
+    for note in pipeline.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return pipeline

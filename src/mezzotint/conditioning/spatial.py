@@ -1,0 +1,234 @@
+"""Conditions that are pictures, concatenated to the noisy latent (paper, section 4.3.2).
+
+None of them is ever dropped, and guidance does not act on them: both halves of a guided batch see
+the same picture. So ``drop`` leaves them as they are, and their null has nothing to concatenate.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
+from mezzotint.config import Config
+from mezzotint.errors import RequestError
+
+__all__ = [
+    "HybridConditioner",
+    "InpaintingConditioner",
+    "InpaintingConditionerConfig",
+    "LowResConditioner",
+    "LowResConditionerConfig",
+    "SemanticMapConditioner",
+    "SemanticMapConditionerConfig",
+]
+
+
+class SemanticMapConditionerConfig(Config):
+    """A learned vector per class, reduced to the latents' size.
+
+    Attributes:
+        classes: Classes that a pixel may have.
+        out_channels: Channels that are concatenated.
+        stages: How many times height and width are halved.
+    """
+
+    kind: Literal["semantic_map"] = "semantic_map"
+    classes: int = Field(default=182, ge=1)
+    out_channels: int = Field(default=3, ge=1)
+    stages: int = Field(default=2, ge=0)
+
+
+class SemanticMapConditioner(Conditioner):
+    """Semantic maps ``(B, H, W)`` to ``(B, out_channels, H / 2^stages, W / 2^stages)``.
+
+    Args:
+        config: Classes and sizes.
+    """
+
+    wants_concat = "map"
+    description = "a semantic map (--map, a picture whose grey values are the classes)"
+
+    def __init__(self, config: SemanticMapConditionerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.concat_channels = config.out_channels
+        self.channel_mapper = nn.Conv2d(config.classes, config.out_channels, 1, bias=False)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration."""
+        return self.config.to_dict()
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on ``inputs.maps``; see `Conditioner.forward`."""
+        self.require(inputs.maps, inputs)
+        assert inputs.maps is not None
+        maps = inputs.maps.long()
+        least, most = (int(value) for value in maps.aminmax())
+        if least < 0 or most >= self.config.classes:
+            raise RequestError(
+                f"semantic_map: expected classes from 0 to {self.config.classes - 1},"
+                f" got {least if least < 0 else most}"
+            )
+        # The convolution of a one-hot picture is a look-up, and as it mixes no pixels it may come
+        # before they are averaged: the same sum with out_channels to average and not all classes.
+        vectors = self.channel_mapper.weight.flatten(1).T  # (classes, out_channels)
+        x = F.embedding(maps, vectors).movedim(-1, 1)
+        for _ in range(self.config.stages):
+            x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+        return Conditioning(concat=x)
+
+    def null(self, count: int) -> Conditioning:
+        """Return the empty condition."""
+        return Conditioning()
+
+
+class LowResConditionerConfig(Config):
+    """Small pictures as they are.
+
+    Attributes:
+        channels: Of the pictures.
+    """
+
+    kind: Literal["low_res"] = "low_res"
+    channels: int = Field(default=3, ge=1)
+
+
+class LowResConditioner(Conditioner):
+    """Small pictures ``(B, channels, h, w)`` as they are, for super-resolution.
+
+    Args:
+        config: Their channels.
+    """
+
+    wants_concat = "low_res"
+    description = "a small picture (--image)"
+
+    def __init__(self, config: LowResConditionerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.concat_channels = config.channels
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration."""
+        return self.config.to_dict()
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on ``inputs.low_res``; see `Conditioner.forward`."""
+        self.require(inputs.low_res, inputs)
+        assert inputs.low_res is not None
+        _expect_channels("low_res", inputs.low_res, self.config.channels)
+        return Conditioning(concat=inputs.low_res)
+
+    def null(self, count: int) -> Conditioning:
+        """Return the empty condition."""
+        return Conditioning()
+
+
+class InpaintingConditionerConfig(Config):
+    """A mask and the latents of the image without what it covers.
+
+    The defaults are those of Stable Diffusion's inpainting models. The paper's has 3 latent
+    channels, ``mask_last``, a signed mask and masked pixels of -1.
+
+    Attributes:
+        latent_channels: Channels of the latents.
+        order: Where the mask's channel stands.
+        signed_mask: Whether the mask's values are -1 and 1 rather than 0 and 1.
+        masked_value: What the image holds where it is masked before it is encoded, in -1..1.
+    """
+
+    kind: Literal["inpainting"] = "inpainting"
+    latent_channels: int = Field(default=4, ge=1)
+    order: Literal["mask_first", "mask_last"] = "mask_first"
+    signed_mask: bool = False
+    masked_value: float = Field(default=0.0, ge=-1.0, le=1.0)
+
+
+class InpaintingConditioner(Conditioner):
+    """Mask and masked latents as ``(B, latent_channels + 1, h, w)``.
+
+    Args:
+        config: How they are put together.
+    """
+
+    wants_concat = "inpainting"
+    description = "a picture and a mask (--image and --mask)"
+
+    def __init__(self, config: InpaintingConditionerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.concat_channels = config.latent_channels + 1
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration."""
+        return self.config.to_dict()
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on ``inputs.mask`` and ``.masked_latents``; see `Conditioner.forward`."""
+        self.require(inputs.mask, inputs)
+        self.require(inputs.masked_latents, inputs)
+        assert inputs.mask is not None and inputs.masked_latents is not None
+        latents, mask = inputs.masked_latents, inputs.mask.to(inputs.masked_latents.dtype)
+        _expect_channels("masked_latents", latents, self.config.latent_channels)
+        _expect_channels("mask", mask, 1)
+        if mask.shape[2:] != latents.shape[2:]:
+            raise RequestError(
+                f"mask: is {mask.shape[3]}x{mask.shape[2]}, but the latents are"
+                f" {latents.shape[3]}x{latents.shape[2]}; they must be of one size"
+            )
+        if self.config.signed_mask:
+            mask = 2.0 * mask - 1.0
+        parts = [mask, latents] if self.config.order == "mask_first" else [latents, mask]
+        return Conditioning(concat=torch.cat(parts, dim=1))
+
+    def null(self, count: int) -> Conditioning:
+        """Return the empty condition."""
+        return Conditioning()
+
+
+class HybridConditioner(Conditioner):
+    """A condition for cross-attention and one to concatenate, as in Stable Diffusion's inpainting.
+
+    Args:
+        main: Conditions by cross-attention; it alone can be dropped.
+        spatial: Conditions by concatenation.
+    """
+
+    def __init__(self, main: Conditioner, spatial: Conditioner) -> None:
+        super().__init__()
+        assert main.wants_concat is None and spatial.wants is None, "each has its own way in"
+        self.main = main
+        self.spatial = spatial
+        self.wants = main.wants
+        self.wants_concat = spatial.wants_concat
+        self.concat_channels = spatial.concat_channels
+        self.description = f"{main.description}, and {spatial.description}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of both."""
+        return {
+            "kind": "hybrid",
+            "main": self.main.settings(),
+            "spatial": self.spatial.settings(),
+        }
+
+    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
+        """Condition on what both parts want; see `Conditioner.forward`."""
+        return replace(self.main(inputs, drop), concat=self.spatial(inputs).concat)
+
+    def null(self, count: int) -> Conditioning:
+        """Return the main part's null, without anything to concatenate.
+
+        The null half of a guided batch shows the same picture as the other half; it is
+        ``conditioner(inputs, drop)`` with everything dropped, or with other captions.
+        """
+        return self.main.null(count)
+
+
+def _expect_channels(name: str, value: Tensor, channels: int) -> None:
+    if value.ndim != 4 or value.shape[1] != channels:
+        raise RequestError(f"{name}: expected (B, {channels}, h, w), got {tuple(value.shape)}")
