@@ -1,4 +1,4 @@
-"""Drawing from a picture, with masks, in two passes and with variations, with a small real model."""
+"""Drawing from a picture, with masks, twice and with variations, with a small real model."""
 
 import hashlib
 from pathlib import Path

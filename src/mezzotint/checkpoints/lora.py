@@ -68,7 +68,8 @@ _OTHERS: Mapping[str, str] = {
     ".on_input": f"an IA3; {_PLAIN}",
     "ia3_": f"an IA3; {_PLAIN}",
     ".b1.weight": f"a GLoRA; {_PLAIN}",
-    ".diff": f"a file of whole differences; {_PLAIN}",
+    ".diff.": f"a file of whole differences; {_PLAIN}",
+    ".diff_b.": f"a file of whole differences; {_PLAIN}",
     "bundle_emb.": f"a LoRA with embeddings in it; {_PLAIN}",
     ".lora_B.bias": f"a LoRA with biases; {_PLAIN}",
     ".lora_up.bias": f"a LoRA with biases; {_PLAIN}",
@@ -166,7 +167,7 @@ class _Entry:
 def _refuse_others(file: Path, names: Iterable[str]) -> None:
     for name in names:
         for mark, kind in _OTHERS.items():
-            if mark in name:
+            if mark in f"{name}.":
                 raise CheckpointError(f"{file}: is {kind}. It has {name!r}")
 
 

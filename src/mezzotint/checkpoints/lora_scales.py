@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ class Scales:
 
     Attributes:
         alpha: Of all layers; None or 0 means the rank.
-        patterns: Of those layers whose names end so.
+        patterns: Of those layers whose names end so, or are so after a ``^``.
         by_root: Divide alpha by the root of the rank (Kalajdzievski 2023, arXiv 2312.03732).
     """
 
@@ -38,10 +39,8 @@ class Scales:
             path: The layer's name, with dots.
             rank: r.
         """
-        alpha = next(
-            (value for end, value in self.patterns.items() if f".{path}".endswith(f".{end}")),
-            self.alpha,
-        )
+        own = (value for name, value in self.patterns.items() if _stands_for(name, path))
+        alpha = next(own, self.alpha)
         return (alpha or rank) / (math.sqrt(rank) if self.by_root else rank)
 
 
@@ -102,7 +101,7 @@ def _scales(source: str, keys: Mapping[str, Any]) -> Scales:
     return Scales(
         alpha=_number(source, "lora_alpha", keys.get("lora_alpha")),
         patterns={
-            _ending(source, name): _number(source, f"alpha_pattern.{name}", value)
+            _plain(source, name): _number(source, f"alpha_pattern.{name}", value)
             for name, value in cast(dict[str, Any], patterns).items()
         },
         by_root=bool(keys.get("use_rslora")),
@@ -115,11 +114,17 @@ def _number(source: str, key: str, value: object) -> float:
     return float(value)
 
 
-def _ending(source: str, pattern: str) -> str:
-    """The end of a layer's name that a pattern stands for; expressions of a file are not run."""
-    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not plain.replace(".", "").replace("_", "").replace("-", "").isalnum():
+def _plain(source: str, pattern: str) -> str:
+    """A pattern that is no more than a name or its end; expressions of a file are not run."""
+    name = pattern.removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"\^?[\w.-]+", name):
         raise CheckpointError(
             f"{source}: alpha_pattern: {pattern!r} is an expression, expected a layer's name"
         )
-    return plain
+    return name
+
+
+def _stands_for(pattern: str, path: str) -> bool:
+    if pattern.startswith("^"):
+        return pattern == f"^{path}"
+    return f".{path}".endswith(f".{pattern}")

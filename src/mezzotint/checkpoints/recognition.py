@@ -43,7 +43,6 @@ _FIRST_STAGES: Mapping[str, type[Config]] = {
     "vq": VQModelConfig,
     "identity": IdentityFirstStageConfig,
 }
-_PART_NAMES = {"unet": "UNet", "first_stage": "first stage", "conditioner": "conditioner"}
 # what public files hold beside weights: averages, the schedule, losses, parts of CLIP for images
 _KNOWN_EXTRAS = re.compile(
     r"model_ema\.|(first|cond)_stage_model\.(loss|model_ema)\.|.*\.position_ids$"

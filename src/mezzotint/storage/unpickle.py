@@ -21,7 +21,7 @@ from mezzotint.storage.archive import StoredArchive
 from mezzotint.storage.pickle_machine import Malformed, StandIn, run
 from mezzotint.storage.stored import Storage, StoredTensor, extent
 
-__all__ = ["StandIn", "StoredTensor", "read_pickle"]
+__all__ = ["ParameterDict", "StandIn", "StoredTensor", "read_pickle"]
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_BYTES = 16 << 20  # of a pickle; the longest of a real checkpoint have 5 MB
@@ -87,7 +87,6 @@ _INERT: Mapping[str, str] = {
     "builtins": "bool bytes dict float int list object str tuple",
     "numpy": "ndarray",
     "torch": "Tensor",
-    "torch.nn.modules.container": "ParameterDict",
     "torch.nn.parameter": "Parameter",
     "typing": "Any",
 }
@@ -101,7 +100,8 @@ def read_pickle(path: Path) -> Any:
 
     Returns:
         What lies in it: dictionaries, lists, numbers and texts, with a `StoredTensor` for each
-        tensor, whose values are not read yet, and a `StandIn` for objects of known classes.
+        tensor, whose values are not read yet, a `ParameterDict`, and a `StandIn` for objects of
+        other known classes.
 
     Raises:
         CheckpointError: If the file is damaged, claims what it does not hold, or names anything
@@ -184,6 +184,24 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> Any:
     return content
 
 
+class ParameterDict:
+    """A ``torch.nn.ParameterDict``, of which nothing is kept but what lies in it.
+
+    Attributes:
+        parameters: By name; nothing as yet says that they are tensors.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: dict[Any, Any] = {}
+
+    def set_state(self, state: Any) -> None:
+        """Take the parameters of a module's state; they are not copied."""
+        parameters = cast(Any, state).get("_parameters") if isinstance(state, dict) else None
+        if not isinstance(parameters, dict):
+            raise Malformed("a ParameterDict is malformed")
+        self.parameters = cast(dict[Any, Any], parameters)
+
+
 class _Reader:
     """Runs the pickles of one file, and keeps what storages they speak of."""
 
@@ -206,6 +224,7 @@ class _Reader:
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._typed_tensor,
+            "torch.nn.modules.container.ParameterDict": lambda: ParameterDict(),
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
             "numpy.dtype": lambda name=None, *_: _NumpyType(name),
