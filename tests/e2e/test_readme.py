@@ -1,4 +1,4 @@
-"""What the README and the guide to measuring tell a newcomer to type, typed."""
+"""What the README and the guides tell a newcomer to type, typed."""
 
 import re
 import subprocess
@@ -7,9 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_models import build
 
+from mezzotint.checkpoints.families import FAMILIES
+from mezzotint.checkpoints.pipelines import PIPELINES
+from mezzotint.checkpoints.single_file import save_single_file
 from mezzotint.cli.main import app
 from mezzotint.config import to_yaml
 from mezzotint.evaluation.card import EvaluationCard
@@ -18,6 +24,7 @@ from mezzotint.evaluation.protocol import PROTOCOLS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MEASURING = (ROOT / "docs" / "guides" / "measuring.md").read_text()
+CHECKPOINTS = (ROOT / "docs" / "guides" / "checkpoints.md").read_text()
 MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 
@@ -113,3 +120,53 @@ def test_the_guides_python_block_runs(measured):
 
 def test_the_guide_names_every_protocol():
     assert re.findall(r"^\| `([\w-]+)` \|", MEASURING, flags=re.MULTILINE) == list(PROTOCOLS)
+
+
+@pytest.fixture
+def public(tmp_path, monkeypatch):
+    """A folder with what the guide to public checkpoints names, the model a tiny one."""
+    monkeypatch.chdir(tmp_path)
+    model = build("sd1")
+    model.image_size = (64, 64)
+    save_single_file(model, Path("v1-5.safetensors"))
+    for name in ("sketch", "room", "field"):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(f"{name}.png")
+    table = Image.new("L", (64, 64))
+    table.paste(255, (16, 16, 48, 48))
+    table.save("table.png")
+    Path("adapters").mkdir()
+    Path("words").mkdir()
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    width = model.unet.config.block_out_channels[-1]
+    lora = {
+        f"{layer}.lora_down.weight": torch.randn(2, width),
+        f"{layer}.lora_up.weight": torch.randn(width, 2),
+        f"{layer}.alpha": torch.tensor(2.0),
+    }
+    save_file(lora, "adapters/ink.safetensors")
+    vectors = torch.randn(2, model.conditioner.config.hidden_size)
+    torch.save(
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}}, "words/my-style.pt"
+    )
+    return tmp_path
+
+
+def test_the_guide_to_checkpoints_runs(public):
+    lines = [c for b in blocks("sh", CHECKPOINTS) for c in b.splitlines() if c]
+    assert len(lines) >= 10 and all(line.startswith("mezzotint ") for line in lines)
+    for line in lines:
+        command = line.partition(" # ")[0].strip().replace("mezzotint", str(MEZZOTINT), 1)
+        if " sample " in command:
+            command += " --steps 2 --precision float32"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    (block,) = blocks("python", CHECKPOINTS)
+    block = block.replace("steps=25", "steps=2")
+    exec(compile(block, "checkpoints.md", "exec"), {})  # noqa: S102
+    assert Path("apple.png").is_file()
+
+
+def test_the_guide_names_every_family_and_pipeline():
+    assert all(f"`{name}`" in CHECKPOINTS for name in FAMILIES)
+    shipped = {name for name in PIPELINES if not name.endswith(("Img2ImgPipeline", "Legacy"))}
+    assert all(name in CHECKPOINTS for name in shipped if "Inpaint" not in name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mezzotint.errors import CheckpointError
-from mezzotint.storage.unpickle import StandIn, StoredTensor, read_pickle
+from mezzotint.storage.unpickle import ParameterDict, StandIn, StoredTensor, read_pickle
 
 FORMS = pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
 
@@ -129,6 +129,30 @@ def test_what_lightning_leaves_in_a_checkpoint_is_inert(
     (callback, state), *_ = found["callbacks"].items()
     assert isinstance(callback, StandIn) and callback.name.endswith(".ModelCheckpoint")
     assert state["best_model_score"].read() == 0.5
+
+
+@FORMS
+def test_dictionaries_of_parameters(tmp_path: Path, archive: bool) -> None:
+    """The first files of textual inversion have one."""
+    path = tmp_path / "a.pt"
+    parameters = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.rand(2, 8))})
+    state = {"string_to_param": parameters}
+    torch.save(state, path, _use_new_zipfile_serialization=archive)
+    found = read_pickle(path)["string_to_param"]
+    assert isinstance(found, ParameterDict) and list(found.parameters) == ["*"]
+    assert torch.equal(found.parameters["*"].read(), parameters["*"])
+
+
+@pytest.mark.parametrize("state", [[1], {"_parameters": [1]}, {"x": 1}])
+def test_damaged_dictionaries_of_parameters(tmp_path: Path, state: Any) -> None:
+    class Damaged:
+        def __reduce__(self) -> Any:
+            return torch.nn.ParameterDict, (), state
+
+    path = tmp_path / "a.pt"
+    torch.save({"string_to_param": Damaged()}, path)
+    with pytest.raises(CheckpointError, match="a ParameterDict is malformed"):
+        read_pickle(path)
 
 
 @FORMS

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from mezzotint.checkpoints.adapter_files import find_adapter, load_adapter
 from mezzotint.checkpoints.embeddings import Embedding, check_width
 from mezzotint.checkpoints.lora import LoraAdapter
-from mezzotint.checkpoints.lora_fit import Changeable, FittedLayer, fit, main_conditioner
+from mezzotint.checkpoints.lora_fit import Changeable, FittedLayer, fit
 from mezzotint.conditioning.clip import ClipConditioner
+from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.errors import RequestError, nearest
 from mezzotint.latent_diffusion import LatentDiffusion
 
@@ -116,7 +117,7 @@ class AdapterSet:
             RequestError: If the model has no CLIP text encoder, or the word already stands for one.
             CheckpointError: If the vectors were made for another text encoder.
         """
-        conditioner = main_conditioner(self._model)
+        conditioner = main_conditioner(self._model.conditioner)
         if not isinstance(conditioner, ClipConditioner):
             raise RequestError(
                 f"{embedding.path}: an embedding is read by a CLIP text encoder, but the model"
@@ -143,7 +144,7 @@ class AdapterSet:
         """Undo every LoRA and every embedding of this set."""
         for name in self.names:
             self.remove(name)
-        conditioner = main_conditioner(self._model)
+        conditioner = main_conditioner(self._model.conditioner)
         for word in self._words:
             assert isinstance(conditioner, ClipConditioner), "it took the word"
             conditioner.remove_word(word)

@@ -50,7 +50,7 @@ def is_embedding(path: Path) -> bool:
     found, web_ui = _stored(path)
     # a LoRA of which one tensor is left is a damaged LoRA
     word = len(found) == 1 and not next(iter(found)).endswith((".weight", ".alpha"))
-    return web_ui or word or found.keys() == _XL
+    return web_ui or word or set(found) >= _XL
 
 
 def load_embedding(path: Path | str) -> Embedding:

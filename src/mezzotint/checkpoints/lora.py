@@ -232,7 +232,7 @@ def _scales(files: tuple[Path, ...], stored: Tensors) -> Callable[[_Entry], Scal
     """How strongly layers act that have no alpha of their own."""
     by_peft = any(_PEFT_PREFIX in name for name in stored)
     config = files[0].with_name(CONFIG)
-    if len(files) > 1:
+    if config in files:
         whole = read_config(config)
         return lambda _: whole
     said = read_metadata(files[0], stored.metadata)

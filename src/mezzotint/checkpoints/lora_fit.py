@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from mezzotint.checkpoints.compvis import unet_map
 from mezzotint.checkpoints.lora import LoraAdapter, LoraLayer, Part
-from mezzotint.conditioning.base import Conditioner
-from mezzotint.conditioning.spatial import HybridConditioner
+from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.errors import CheckpointError
 from mezzotint.latent_diffusion import LatentDiffusion
 
-__all__ = ["Changeable", "FittedLayer", "fit", "main_conditioner"]
+__all__ = ["Changeable", "FittedLayer", "fit"]
 
 Changeable = nn.Linear | nn.Conv2d
 
@@ -80,12 +79,6 @@ def fit(adapter: LoraAdapter, model: LatentDiffusion) -> list[FittedLayer]:
     ]
 
 
-def main_conditioner(model: LatentDiffusion) -> Conditioner:
-    """Return what conditions by cross-attention, without a companion that concatenates."""
-    conditioner = model.conditioner
-    return conditioner.main if isinstance(conditioner, HybridConditioner) else conditioner
-
-
 def _layers(model: LatentDiffusion) -> dict[Part, dict[str, tuple[str, Changeable]]]:
     """The layers of each network with their names, by all names with underscores for dots."""
     unet = dict(_changeable(model.unet))
@@ -96,7 +89,7 @@ def _layers(model: LatentDiffusion) -> dict[Part, dict[str, tuple[str, Changeabl
         if leaf == "weight" and name in unet and len(rule.ours) == 1:
             by_name[_flat(rule.theirs.removesuffix(".weight"))] = name, unet[name]
     text: dict[str, tuple[str, Changeable]] = {}
-    for name, module in _changeable(main_conditioner(model)):
+    for name, module in _changeable(main_conditioner(model.conditioner)):
         text[_flat(name)] = text[_flat(name).removeprefix(_TEXT_PREFIX)] = name, module
     return {"unet": by_name, "text": text}
 

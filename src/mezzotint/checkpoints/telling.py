@@ -39,7 +39,7 @@ _PREDICTIONS: Mapping[str, PredictionType] = {
 # what files hold that are no model of these families, by the beginning of a name
 _OTHERS = {
     "conditioner.embedders.": "Stable Diffusion XL, which Mezzotint does not run",
-    "lora_": "a LoRA file; give it with --lora beside a model",
+    "lora_": "a LoRA file; give it with --adapter beside a model",
     "double_blocks.": "a transformer for flow matching, which Mezzotint does not run",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3, which Mezzotint does not run",
     "model.diffusion_model.double_blocks.": "a FLUX model, which Mezzotint does not run",

@@ -24,6 +24,7 @@ __all__ = [
     "LowResConditionerConfig",
     "SemanticMapConditioner",
     "SemanticMapConditionerConfig",
+    "main_conditioner",
 ]
 
 
@@ -227,6 +228,11 @@ class HybridConditioner(Conditioner):
         ``conditioner(inputs, drop)`` with everything dropped, or with other captions.
         """
         return self.main.null(count)
+
+
+def main_conditioner(conditioner: Conditioner) -> Conditioner:
+    """Return what conditions by cross-attention, without a companion that concatenates."""
+    return conditioner.main if isinstance(conditioner, HybridConditioner) else conditioner
 
 
 def _expect_channels(name: str, value: Tensor, channels: int) -> None:

@@ -9,29 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mezzotint.conditioning.base import Conditioner, ConditionInputs, TextOptions
+from mezzotint.conditioning.base import ConditionInputs, TextOptions
 from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.layout import LayoutConditioner, read_layout
 from mezzotint.conditioning.prompts import split_adapters
-from mezzotint.conditioning.spatial import HybridConditioner, InpaintingConditioner
+from mezzotint.conditioning.spatial import (
+    HybridConditioner,
+    InpaintingConditioner,
+    main_conditioner,
+)
 from mezzotint.generation.canvas import Canvas
 from mezzotint.generation.request import GenerationRequest
 
 if TYPE_CHECKING:
     from mezzotint.generation.pipeline import Pipeline
 
-__all__ = ["condition_inputs", "latent_mask", "main_part", "plain_prompt"]
-
-
-def main_part(conditioner: Conditioner) -> Conditioner:
-    """Return what conditions by cross-attention, which may have a companion that concatenates."""
-    return conditioner.main if isinstance(conditioner, HybridConditioner) else conditioner
+__all__ = ["condition_inputs", "latent_mask", "plain_prompt"]
 
 
 def plain_prompt(pipeline: Pipeline, prompt: str) -> str:
     """Return a prompt without the adapters that it asks for, where the model can have any."""
-    if isinstance(main_part(pipeline.model.conditioner), ClipConditioner):
+    if isinstance(main_conditioner(pipeline.model.conditioner), ClipConditioner):
         return split_adapters(prompt)[0]
     return prompt
 
@@ -50,7 +49,7 @@ def condition_inputs(
         RequestError: If a class is unknown.
     """
     conditioner = pipeline.model.conditioner
-    main, first = main_part(conditioner), requests[0]
+    main, first = main_conditioner(conditioner), requests[0]
     captions = labels = layouts = None
     if conditioner.wants == "caption":
         captions = [plain_prompt(pipeline, request.prompt or "") for request in requests]

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from PIL import Image
 
+from mezzotint.checkpoints.adapters import adapters
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
 from mezzotint.device import Execution, select_device, select_precision
 from mezzotint.errors import RequestError
-from mezzotint.generation.adapters import adapted
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import (
@@ -116,7 +116,7 @@ class Pipeline:
 
     def adapted(self, uses: Sequence[AdapterUse]) -> AbstractContextManager[dict[str, str]]:
         """Let adapters act for a while; gives the sha256 of each by name."""
-        return adapted(self.model, uses, self.adapter_folders)
+        return adapters(self.model, uses, self.adapter_folders)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that this model cannot fulfil.

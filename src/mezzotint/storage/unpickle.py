@@ -240,7 +240,7 @@ class _Reader:
     def run(self, program: bytes) -> tuple[Any, int]:
         """Return what a pickle makes, and its length."""
         try:
-            return run(program, self._find, self._storage)
+            return run(program, self._find, self._load)
         except CheckpointError:
             raise
         except Malformed as error:
@@ -269,8 +269,14 @@ class _Reader:
             " of it was run"
         )
 
-    def _storage(self, pid: Any) -> Storage:
-        if not isinstance(pid, tuple) or len(parts := cast(tuple[Any, ...], pid)) < 5:
+    def _load(self, pid: Any) -> Any:
+        parts = cast(tuple[Any, ...], pid) if isinstance(pid, tuple) else ()
+        if len(parts) == 4 and parts[0] == "module":
+            return parts[1]  # a class that was named before, here with its source beside it
+        return self._storage(parts)
+
+    def _storage(self, parts: tuple[Any, ...]) -> Storage:
+        if len(parts) < 5:
             raise Malformed("a reference to a storage is malformed")
         mark, dtype, key, _, elements = parts[:5]
         if (

@@ -1,0 +1,271 @@
+"""`inspect`, `convert` and `sample` with public layouts, as a user types them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_models import build
+from typer.testing import CliRunner, Result
+
+from mezzotint.checkpoints.single_file import save_single_file
+from mezzotint.cli.main import app
+from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.generation.metadata import read_infotext, read_request
+from mezzotint.storage.tensors import open_tensors
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Single files of several families in one folder."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("sd1", "sd1-inpainting", "ldm-super-resolution", "ldm-layout", "ldm-semantic"):
+        save_single_file(build(name), folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def mezzotint(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file).astype(int)
+
+
+def picture(path: str, size: tuple[int, int] = (64, 64)) -> Path:
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    values = np.stack([x * 3 % 256, y * 3 % 256, (x + y) % 256], axis=-1).astype(np.uint8)
+    Image.fromarray(values).save(path)
+    return Path(path)
+
+
+def mask(path: str) -> Path:
+    drawn = Image.new("L", (64, 64))
+    drawn.paste(255, (8, 8, 40, 40))
+    drawn.save(path)
+    return Path(path)
+
+
+def test_inspect_says_what_a_file_is(models: Path) -> None:
+    file = models / "sd1.safetensors"
+    said = mezzotint("inspect", file, "--hash").stdout
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    for line in (
+        "family      sd1: Stable Diffusion 1",
+        "prediction  epsilon: its YAML, sd1.yaml, says so",
+        "part        model.diffusion_model (UNet): ",
+        "part        cond_stage_model (ClipConditioner): ",
+        "float32",
+        "EMA         none",
+        "missing     none",
+        "unexpected  none",
+        f"sha256      {sha256}",
+        f"short hash  {sha256[:10]}",
+    ):
+        assert line in said
+    told = json.loads(mezzotint("inspect", file, "--json").stdout)
+    tensors = open_tensors(file)
+    assert sum(part["tensors"] for part in told["parts"]) == len(tensors)
+    assert told["family"] == "sd1" and told["sha256"] is None
+
+
+def test_inspect_tells_what_is_missing_unexpected_and_averaged(tmp_path: Path) -> None:
+    save_single_file(build("sd1"), tmp_path / "a.ckpt")
+    state = open_tensors(tmp_path / "a.ckpt").read()
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    average = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": state[name]}
+    state = (
+        {k: v for k, v in state.items() if k != name} | average | {"stray.weight": torch.ones(2)}
+    )
+    torch.save({"state_dict": state, "global_step": 470_000}, tmp_path / "a.ckpt")
+    told = json.loads(mezzotint("inspect", "a.ckpt", "--json").stdout)
+    assert told["missing"] == [name] and told["unexpected"] == ["stray.weight"]
+    assert told["averaged"] is True and told["metadata"]["global_step"] == "470000"
+    assert any("missing (1)" in problem for problem in told["problems"])
+    assert isinstance(mezzotint("sample", "a.ckpt", "a red apple").exception, CheckpointError)
+
+
+def test_inspect_takes_what_the_user_knows_better(models: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((models / "sd1.safetensors").read_bytes())
+    told = json.loads(mezzotint("inspect", alone, "--json", "--prediction", "v_prediction").stdout)
+    assert told["prediction"] == "v_prediction"
+    assert told["prediction_reason"] == "as it was asked for"
+    wrong = mezzotint("inspect", alone, "--family", "sd3").exception
+    assert isinstance(wrong, CheckpointError) and "no family 'sd3'" in str(wrong)
+
+
+def test_convert_there_and_back(models: Path) -> None:
+    done = mezzotint("convert", models / "sd1.safetensors", "folder", "--to", "diffusers")
+    assert done.exit_code == 0 and done.stdout.splitlines()[-1] == "folder"
+    told = json.loads(mezzotint("inspect", "folder", "--json").stdout)
+    assert told["layout"] == "diffusers folder"
+    assert told["family"] == "StableDiffusionPipeline" and told["prediction"] == "epsilon"
+    half = mezzotint("convert", "folder", "h.ckpt", "--to", "compvis", "--precision", "float16")
+    assert half.exit_code == 0, half.output
+    ours, theirs = open_tensors(Path("h.ckpt")), open_tensors(models / "sd1.safetensors")
+    assert ours.keys() == theirs.keys()
+    state = ours.read()
+    assert all(torch.equal(state[n], t.half()) for n, t in theirs.read().items())
+    refused = mezzotint("convert", "folder", "h.ckpt", "--to", "compvis").exception
+    assert isinstance(refused, CheckpointError) and "--overwrite" in str(refused)
+
+
+SMALL = ("--steps", 2, "--precision", "float32", "--device", "cpu")
+
+
+def test_every_option_arrives_in_the_request(models: Path) -> None:
+    file = models / "sd1.safetensors"
+    options = "--negative blurry --emphasis no_norm --clip-skip 2 --variation-seed 9"
+    options += " --variation-strength 0.25 --high-res 1.5 --high-res-strength 0.5"
+    options += " --upscaler lanczos --tiling --size 64 --seed 4 --sampler unipc"
+    done = mezzotint("sample", file, "a (red:1.2) apple", *options.split(), *SMALL, "-o", "a.webp")
+    assert done.stdout == "a.webp\n", done.output
+    request = read_request(Path("a.webp"))
+    asked = {
+        "prompt": "a (red:1.2) apple",
+        "negative_prompt": "blurry",
+        "emphasis": "no_norm",
+        "clip_skip": 2,
+        "variation_seed": 9,
+        "variation_strength": 0.25,
+        "tiling": True,
+        "seed": 4,
+        "sampler": "unipc",
+        "guidance_scale": 7.5,  # the family's
+    }
+    assert {name: getattr(request, name) for name in asked} == asked
+    assert request.high_res is not None
+    assert (request.high_res.scale, request.high_res.upscaler) == (1.5, "lanczos")
+    assert pixels("a.webp").shape == (96, 96, 3)
+    assert "Clip skip: 2" in read_infotext(Path("a.webp"))
+    again = mezzotint("replay", "a.webp", "-o", "b.webp")
+    assert again.stdout.splitlines()[1] == "the same, bit for bit"
+
+
+def test_a_picture_is_drawn_as_another_was(models: Path) -> None:
+    file = models / "sd1.safetensors"
+    mezzotint("sample", file, "a red apple", "-n", 2, "--size", 64, *SMALL, "-o", "first")
+    second = sorted(Path("first").iterdir())[1]
+    assert read_request(second).resolved.image_index == 1
+    done = mezzotint("sample", file, "--from", second, "--precision", "float32", "-o", "b.png")
+    assert done.stdout == "b.png\n", done.output
+    before, after = pixels(second), pixels("b.png")
+    assert abs(before - after).max() <= 1
+    changed = mezzotint("sample", file, "--from", second, "--seed", 99, *SMALL, "-o", "c.png")
+    assert read_request(Path(changed.stdout.strip())).seed == 99
+
+
+def test_pictures_go_in(models: Path) -> None:
+    sd1, inpainting = models / "sd1.safetensors", models / "sd1-inpainting.safetensors"
+    image, hole = picture("in.png"), mask("mask.png")
+    kept = pixels(hole) == 0
+    for file in (sd1, inpainting):
+        done = mezzotint(
+            "sample", file, "moss", "--image", image, "--mask", hole, *SMALL, "-o", "out.png"
+        )
+        path = done.stdout.strip()
+        assert (pixels(path)[kept] == pixels(image)[kept]).all()
+    call = ("sample", sd1, "moss", "--image", image, *SMALL)
+    done = mezzotint(*call, "--strength", 0.5, "-o", "i.png")
+    assert read_request(Path(done.stdout.strip())).strength == 0.5
+    done = mezzotint(*call, "--padding", "8,0,0,16", "-o", "p.png")
+    assert pixels(done.stdout.strip()).shape == (80, 72, 3)
+    image.rename("moved.png")
+    assert isinstance(mezzotint("replay", "i.png").exception, RequestError)
+    again = mezzotint("replay", "i.png", "--input", "moved.png", "-o", "j.png")
+    assert again.stdout.splitlines()[1] == "the same, bit for bit"
+
+
+def test_other_conditions_go_in(models: Path) -> None:
+    small = picture("small.png", (16, 16))
+    done = mezzotint(
+        "sample", models / "ldm-super-resolution.safetensors", "--image", small, *SMALL
+    )
+    assert done.exit_code == 0, done.output
+    assert pixels(done.stdout.strip()).shape == (64, 64, 3)
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8) % 5).save(
+        "map.png"
+    )
+    done = mezzotint("sample", models / "ldm-semantic.safetensors", "--map", "map.png", *SMALL)
+    assert done.exit_code == 0, done.output
+    Path("boxes.json").write_text(json.dumps([{"label": 3, "box": [0.1, 0.1, 0.5, 0.9]}]))
+    done = mezzotint("sample", models / "ldm-layout.safetensors", "--layout", "boxes.json", *SMALL)
+    assert done.exit_code == 0, done.output
+    assert read_request(Path(done.stdout.strip())).layout[0].box == (0.1, 0.1, 0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("sd1", ["--image", "in.png"], "the model wants a prompt"),
+        ("sd1", ["x", "--mask", "mask.png"], "image: required by the task 'inpainting'"),
+        ("sd1", ["x", "--image", "none.png"], "none.png: no such file"),
+        ("sd1", ["x", "--image", "in.png", "--padding", "8,8"], "--padding '8,8': expected"),
+        ("sd1", ["x", "--high-res-strength", "0.5"], "give that too"),
+        ("sd1", ["x", "--map", "in.png"], "not for the task"),
+        ("sd1", ["x", "--clip-skip", "7"], "clip_skip: expected 1 to"),
+        ("sd1", ["x", "--from", "in.png"], "holds neither a generation request"),
+        ("sd1", ["x", "--layout", "in.png"], "in.png: cannot be read as JSON"),
+        ("sd1-inpainting", ["x"], "wants a prompt, and a picture and a mask"),
+        ("ldm-super-resolution", [], "the model wants a small picture"),
+        ("ldm-semantic", [], "the model wants a semantic map"),
+        ("ldm-layout", [], "the model wants a layout"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_told(
+    models: Path, model: str, arguments: list[str], message: str
+) -> None:
+    picture("in.png")
+    mask("mask.png")
+    failed = mezzotint("sample", models / f"{model}.safetensors", *arguments, *SMALL)
+    assert isinstance(failed.exception, RequestError), failed.output
+    assert message in str(failed.exception)
+
+
+def test_inspect_says_how_a_picture_was_drawn(models: Path) -> None:
+    mezzotint(
+        "sample", models / "sd1.safetensors", "a red apple", "--size", 64, *SMALL, "-o", "a.png"
+    )
+    told = json.loads(mezzotint("inspect", "a.png", "--json").stdout)
+    assert told["request"]["prompt"] == "a red apple" and told["ignored"] == {}
+    assert "Steps: 2" in told["infotext"]
+    assert isinstance(mezzotint("inspect", picture("plain.png")).exception, RequestError)
+
+
+def test_a_picture_with_adapters_is_replayed_with_the_same_ones(models: Path) -> None:
+    width = build("sd1").unet.config.block_out_channels[-1]
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+    def ink(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"lora_down": (2, width), "lora_up": (width, 2)}
+        tensors = {
+            f"{layer}.{role}.weight": torch.randn(shape, generator=generator)
+            for role, shape in shapes.items()
+        }
+        Path("adapters").mkdir(exist_ok=True)
+        save_file(tensors, "adapters/ink.safetensors")
+
+    ink(0)
+    call = ("sample", models / "sd1.safetensors", "--size", 64, *SMALL)
+    plain = mezzotint(*call, "a red apple", "-o", "plain.png").stdout.strip()
+    path = mezzotint(*call, "a red apple <lora:ink:0.8>", "-o", "a.png").stdout.strip()
+    assert (pixels(plain) != pixels(path)).any()
+    again = mezzotint("replay", path, "-o", "b.png")
+    assert again.stdout.splitlines()[1] == "the same, bit for bit"
+    ink(1)
+    changed = mezzotint("replay", path, "-o", "c.png").exception
+    assert isinstance(changed, RequestError) and "other adapters drew it: ink" in str(changed)
+    missing = mezzotint(*call, "a red apple", "--adapter", "nik:0.5").exception
+    assert isinstance(missing, RequestError) and "did you mean 'ink'" in str(missing)
