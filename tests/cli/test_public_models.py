@@ -269,3 +269,24 @@ def test_a_picture_with_adapters_is_replayed_with_the_same_ones(models: Path) ->
     assert isinstance(changed, RequestError) and "other adapters drew it: ink" in str(changed)
     missing = mezzotint(*call, "a red apple", "--adapter", "nik:0.5").exception
     assert isinstance(missing, RequestError) and "did you mean 'ink'" in str(missing)
+
+
+def test_replay_reads_the_model_as_it_was_read(models: Path) -> None:
+    file = models / "sd1.safetensors"
+    call = ("sample", file, "a red apple", "--size", 64, *SMALL)
+    plain = mezzotint(*call, "-o", "plain.png").stdout.strip()
+    path = mezzotint(*call, "--prediction", "v_prediction", "-o", "v.png").stdout.strip()
+    assert (pixels(plain) != pixels(path)).any()
+    hashes = [read_request(Path(p)).resolved.model_hash for p in (plain, path)]
+    assert hashes[0] == hashlib.sha256(file.read_bytes()).hexdigest() != hashes[1]
+    assert mezzotint("replay", path).stdout.splitlines()[1] == "the same, bit for bit"
+
+
+def test_another_sampler_brings_its_own_spacing(models: Path) -> None:
+    file = models / "sd1.safetensors"
+    call = ("sample", file, "--size", 64, *SMALL)
+    mezzotint(*call, "a red apple", "--sampler", "DPM++ 2M Karras", "-o", "a.png")
+    drawn = mezzotint(*call, "--from", "a.png", "--sampler", "DPM++ 2M Exponential", "-o", "b.png")
+    assert read_request(Path(drawn.stdout.strip())).spacing == "exponential", drawn.output
+    strip = mezzotint(*call, "x", "--tiling", "--strip", "denoising").exception
+    assert isinstance(strip, RequestError) and "not with tiling" in str(strip)

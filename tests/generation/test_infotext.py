@@ -216,7 +216,7 @@ def test_what_a_request_cannot_hold_is_told() -> None:
         (hires(Hires_resize="1024x1024"), "1024x1024 has another shape than the first pass, 512x7"),
         (hires(Hires_resize=f"{10**400}x1"), "Hires resize-1: expected a whole number"),
         (hires(First_pass_size="0x0"), "First pass size: 0x0 left it to the web UI"),
-        (line(Variation_seed_strength="0.5"), "variation_strength: needs a variation_seed"),
+        (line(Variation_seed_strength="0.5"), "need one another"),
     ],
 )
 def test_texts_that_cannot_be_drawn(text: str, message: str) -> None:

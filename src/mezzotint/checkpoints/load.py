@@ -1,5 +1,6 @@
 """Any model that lies on the disk, in whichever layout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,13 +42,15 @@ def load_any(
             is told what only single files need.
         MissingExtraError: If it reads CLIP's text, and ``transformers`` is not installed.
     """
+    told = {"config": config, "family": family, "prediction": prediction, "weights": weights}
+    given = {option: str(value) for option, value in told.items() if value not in (None, "auto")}
     path = resolve_model(name)
     if path.is_file():
-        return load_single_file(
+        found = load_single_file(
             path, dtype=dtype, config=config, family=family, prediction=prediction, weights=weights
         )
-    told = {"config": config, "family": family, "prediction": prediction, "weights": weights}
-    if given := [option for option, value in told.items() if value not in (None, "auto")]:
+        return replace(found, read_as=given)
+    if given:
         raise CheckpointError(
             f"{path}: a folder says itself what it is; {', '.join(given)} is for single files"
         )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -40,18 +40,29 @@ class LoadedModel:
         defaults: What its files say of sampling.
         files: All that decides what it draws; none if its own state says it all.
         notes: Sentences that a user should read: what was guessed, what was left out.
+        read_as: What was said of it in place of a guess: ``family``, ``prediction``, ``weights``,
+            ``config``.
     """
 
     model: LatentDiffusion
     defaults: SamplingDefaults = SamplingDefaults()
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    read_as: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def content_hash(self) -> str:
-        """Identify the model: the sha256 of its one file, or one over those of several."""
+        """Identify the model: the sha256 of its one file, or one over those of several.
+
+        A file that was not read as it would have been by itself is another model.
+        """
         if not self.files:
             return self.model.weights_hash()
-        return content_hash(self.files)
+        found = content_hash(self.files)
+        # what a YAML file says is in its own sum
+        told = {name: value for name, value in self.read_as.items() if name != "config"}
+        if not told:
+            return found
+        return hashlib.sha256(json.dumps([found, told], sort_keys=True).encode()).hexdigest()
 
 
 def content_hash(files: Iterable[Path]) -> str:

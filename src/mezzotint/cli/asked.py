@@ -6,13 +6,14 @@ from typing import Any
 __all__ = ["adapter_uses", "boxes", "check", "of_picture", "second_pass", "sides", "size_of"]
 
 
-def of_picture(path: Path | None, image: Any, mask: Any) -> dict[str, Any]:
+def of_picture(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return how a picture was drawn, by Mezzotint or a web UI; what is ignored is told.
 
     Args:
         path: The picture, if there is one.
-        image: The input that it was made from, which a web UI's text does not hold.
-        mask: Of that input, what was drawn anew.
+        given: What the user says besides. Its ``image`` and ``mask`` are the inputs that a web UI's
+            text does not hold; with another sampler or image, what went with the old one is left
+            out.
     """
     import sys
 
@@ -24,7 +25,7 @@ def of_picture(path: Path | None, image: Any, mask: Any) -> dict[str, Any]:
 
     if path is None:
         return {}
-    request = read_any_request(path, image=image, mask=mask)
+    request = read_any_request(path, image=given.get("image"), mask=given.get("mask"))
     if request.resolved is None:
         try:
             ignored = ignored_fields(parse_infotext(read_infotext(path)))
@@ -35,7 +36,11 @@ def of_picture(path: Path | None, image: Any, mask: Any) -> dict[str, Any]:
     else:
         request = nth(request, request.resolved.image_index)
     told = request.to_dict()
-    left = ("format_version", "resolved", "model", "task", "num_images")
+    left = {"format_version", "resolved", "model", "task", "num_images"}
+    if "sampler" in given:
+        left |= {"spacing", "eta"}
+    if "image" in given or "padding" in given:
+        left |= {"width", "height", "mask", "padding"}
     return {k: v for k, v in told.items() if k not in left and v is not None}
 
 
@@ -90,15 +95,15 @@ def sides(text: str | None) -> tuple[int, ...] | None:
 
 
 def second_pass(
-    scale: float | None, strength: float | None, upscaler: str | None
+    scale: float | None, strength: float | None, steps: int | None, upscaler: str | None
 ) -> dict[str, Any] | None:
     """Return the second pass, if one was asked for."""
     from mezzotint.errors import RequestError
 
-    told = {"scale": scale, "strength": strength, "upscaler": upscaler}
+    told = {"scale": scale, "strength": strength, "steps": steps, "upscaler": upscaler}
     given = {name: value for name, value in told.items() if value is not None}
     if given and scale is None:
-        raise RequestError("--high-res-strength and --upscaler are for --high-res; give that too")
+        raise RequestError("what goes with --high-res is for it alone; give that too")
     return given or None
 
 

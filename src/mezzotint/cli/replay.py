@@ -38,10 +38,13 @@ def replay(
     write_image(drawn.image, drawn.request, path)
     print(path)
     with Image.open(image) as file:
+        path_loses = file.format == "JPEG"
         before = np.asarray(file.convert("RGB"), dtype=np.int16)
     after = np.asarray(drawn.image.convert("RGB"), dtype=np.int16)
     if np.array_equal(before, after):
         print("the same, bit for bit")
+    elif before.shape == after.shape and path_loses:
+        print("of the same size; JPEG loses, so that pixels cannot be compared bit for bit")
     elif before.shape == after.shape:
         print(f"differs by up to {np.abs(before - after).max()} of 255")
     else:

@@ -64,6 +64,9 @@ def sample(
         Path | None,
         typer.Option("--from", help="As this picture was drawn, by Mezzotint or a web UI."),
     ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Take contrast back, 0 to 1.")
+    ] = None,
     eta: Annotated[
         float | None, typer.Option(help="Fresh noise of ddim and its kin: 0 none, 1 as ddpm.")
     ] = None,
@@ -109,7 +112,7 @@ def sample(
     ] = None,
     layout: Annotated[
         Path | None,
-        typer.Option(help="JSON: [{label, box: [l, t, r, b]}, …].", rich_help_panel=_PICTURE),
+        typer.Option(help="JSON: objects with label and box.", rich_help_panel=_PICTURE),
     ] = None,
     size: Annotated[
         str | None,
@@ -123,6 +126,9 @@ def sample(
     ] = None,
     high_res_strength: Annotated[
         float | None, typer.Option(help="How much that draws anew.", rich_help_panel=_SIZE)
+    ] = None,
+    high_res_steps: Annotated[
+        int | None, typer.Option(help="Steps of that pass.", rich_help_panel=_SIZE)
     ] = None,
     upscaler: Annotated[
         Literal["latent", "lanczos"] | None,
@@ -187,6 +193,7 @@ def sample(
         "sampler": sampler,
         "spacing": spacing,
         "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
         "eta": eta,
         "negative_prompt": negative_prompt,
         "emphasis": emphasis,
@@ -200,12 +207,12 @@ def sample(
         "layout": boxes(layout),
         "width": width,
         "height": height,
-        "high_res": second_pass(high_res, high_res_strength, upscaler),
+        "high_res": second_pass(high_res, high_res_strength, high_res_steps, upscaler),
         "tiling": tiling or None,
         "tiled_decoding": tiled_decoding or None,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    asked = of_picture(from_, given.get("image"), given.get("mask")) | given
+    asked = of_picture(from_, given) | given
     wanted: list[dict[str, Any]] = [{**asked, "prompt": p} for p in prompts or ()] or [asked]
     for fields in wanted:
         check(fields)
@@ -239,18 +246,32 @@ def sample(
                 on_progress=on_progress,
             )
         for index, drawn in enumerate(images):
-            path = picture_path(output, f"{slug(what)}-{drawn.request.seed + index}")
+            path = picture_path(output, f"{slug(what)}-{_seeds(drawn.request, index)}")
             write_image(drawn.image, drawn.request, path)
             print(path)
+
+
+def _seeds(request: "GenerationRequest", index: int) -> str:
+    """What tells the images of a request apart, for their names."""
+    if request.variation_seed is None:
+        return str(request.seed + index)
+    return f"{request.seed}-{request.variation_seed + index}"
 
 
 def _strips(
     pipeline: "Pipeline", fields: dict[str, Any], kind: str
 ) -> "Iterator[tuple[GenerationRequest, Image.Image]]":
     """One strip for each image that was asked for, enlarged so that small ones can be seen."""
+    from mezzotint.errors import RequestError
     from mezzotint.evaluation.grids import denoising_strip, interpolation_strip
+    from mezzotint.generation.adapters import adapters_of
 
     asked = pipeline.request(**fields)
+    others = ("image", "mask", "semantic_map", "high_res", "tiling", "tiled_decoding")
+    given = [name for name in others if getattr(asked, name)]
+    if given or adapters_of(pipeline, asked) or asked.variation_strength:
+        what = ", ".join(given) or "adapters or variations"
+        raise RequestError(f"--strip shows drawing from noise alone, not with {what}")
     scale = max(1, 96 // (asked.width or pipeline.model.image_size[1]))
     for seed in range(asked.seed, asked.seed + asked.num_images):
         request = asked.model_copy(update={"seed": seed, "num_images": 1})

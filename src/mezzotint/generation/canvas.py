@@ -1,5 +1,6 @@
 """What a batch is drawn on: its size, and the pictures that it begins from, ready for the model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mezzotint.errors import RequestError
-from mezzotint.generation.inputs import InputPictures, to_pixels, to_values
+from mezzotint.generation.inputs import (
+    InputPictures,
+    to_colour,
+    to_grey,
+    to_pixels,
+    to_values,
+)
 from mezzotint.generation.request import GenerationRequest, InputImage
 from mezzotint.latent_diffusion import LatentDiffusion
 
 __all__ = ["Canvas", "lay_out"]
+
+_MOST_SIDES = 4  # times the trained size that a picture is taken as it is
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +88,9 @@ def lay_out(
     if len({image.shape for image in images}) > 1:
         raise RequestError("image: the pictures of one batch must be of one size")
     height, width = images[0].shape[-2:]
+    _check_area(model, first, height, width)
+    if first.tiling:
+        model.latent_shape(height, width)  # what is cropped afterwards does not fit together
     drawn = tuple(-(-side // factor) * factor for side in (height, width))
     beyond = (0, drawn[1] - width, 0, drawn[0] - height)
     image = F.pad(torch.stack(images), beyond, mode="replicate")
@@ -95,6 +107,19 @@ def lay_out(
     )
 
 
+def _check_area(
+    model: LatentDiffusion, request: GenerationRequest, height: int, width: int
+) -> None:
+    """Refuse what was photographed larger than anything that the model was meant for."""
+    side = math.isqrt(model.image_size[0] * model.image_size[1])
+    asked = request.width is not None or request.height is not None
+    if not asked and height * width > (_MOST_SIDES * side) ** 2:
+        raise RequestError(
+            f"image: is {width}x{height}, and the model was trained at {model.image_size[1]}x"
+            f"{model.image_size[0]}; scale it down, or say the size (--size {width}x{height})"
+        )
+
+
 def _begin(request: GenerationRequest, pictures: InputPictures) -> tuple[Tensor, Tensor | None]:
     """The image ``(3, H, W)`` and the mask ``(1, H, W)`` of one request."""
     assert request.image is not None
@@ -107,15 +132,19 @@ def _begin(request: GenerationRequest, pictures: InputPictures) -> tuple[Tensor,
         )
     if request.padding is not None:
         return _extend(picture, request.padding)
+    picture, mask = to_colour(picture), to_grey(mask) if mask is not None else None
     size = request.width or picture.width, request.height or picture.height
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
         mask = mask.resize(size, Image.Resampling.LANCZOS) if mask is not None else None
     if mask is None:
         return to_pixels(picture), None
-    shares = np.asarray(mask.convert("L"), dtype=np.float32) / 255.0
-    if not shares.any():
-        raise RequestError("mask: is black all over; what is to be drawn must be white")
+    shares = np.asarray(mask, dtype=np.float32) / 255.0
+    if not (shares >= 0.5).any():
+        raise RequestError(
+            "mask: is black or dark all over; what is to be drawn must be white, or lighter than"
+            " middle grey"
+        )
     return to_pixels(picture), torch.from_numpy(shares)[None]
 
 
@@ -143,6 +172,7 @@ def _lay_out_small(
         width, height = first.width or width, first.height or height
         model.latent_shape(height, width)
         size = width // factor, height // factor
+        picture = to_colour(picture)
         if size != picture.size:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
         small.append(to_pixels(picture))

@@ -13,11 +13,12 @@ from torch import Tensor
 
 import mezzotint
 from mezzotint.device import precision_name, threads
+from mezzotint.diffusion.samplers import get_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.adapters import adapters_of
 from mezzotint.generation.canvas import lay_out
 from mezzotint.generation.inputs import InputPictures
-from mezzotint.generation.request import GenerationRequest, Resolved
+from mezzotint.generation.request import GenerationRequest, ReadAs, Resolved
 from mezzotint.generation.sampling import (
     decode_latents,
     sample_again,
@@ -92,6 +93,7 @@ def generate(
             "width": item.request.width,
             "height": item.request.height,
             "model": item.request.model,
+            "spacing": item.request.spacing,
         }
         results.append(GeneratedImage(item.image, request.model_copy(update=update)))
     return results
@@ -159,11 +161,15 @@ def _draw(
     finished: Tensor = to_bytes(pixels)
     if first.high_res is None:
         finished = canvas.finish(finished)
+    else:
+        height, width = (round(n * first.high_res.scale) for n in (canvas.height, canvas.width))
+        finished = finished[..., :height, :width]
     results: list[GeneratedImage] = []
     for row, (image, request) in enumerate(zip(to_images(finished), rows, strict=True)):
         update = {
             "resolved": _resolved(pipeline, len(rows), row, sums),
             "model": request.model or pipeline.name,
+            "spacing": request.spacing or get_sampler(request.sampler).default_spacing,
         }
         if request.padding is None:
             update |= {"width": canvas.width, "height": canvas.height}
@@ -200,4 +206,5 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
         adapters=sums,
+        read_as=ReadAs.from_dict(pipeline.read_as),
     )

@@ -12,15 +12,22 @@ from torch import Tensor
 from mezzotint.errors import RequestError
 from mezzotint.generation.request import InputImage
 
-__all__ = ["InputPictures", "pixel_sum", "to_pixels", "to_values"]
+__all__ = ["InputPictures", "pixel_sum", "to_colour", "to_grey", "to_pixels", "to_values"]
 
 Picture = str | Path | Image.Image
 
 
 def pixel_sum(picture: Image.Image) -> str:
-    """Return the sha256 that identifies a picture without a file: of its mode, size and pixels."""
-    head = f"{picture.mode} {picture.width}x{picture.height}\n"
-    return hashlib.sha256(head.encode() + picture.tobytes()).hexdigest()
+    """Return the sha256 that identifies a picture without a file: of its mode, size and pixels.
+
+    Where pixels are numbers of colours, the colours count too.
+    """
+    head = f"{picture.mode} {picture.width}x{picture.height}"
+    if picture.mode in ("P", "PA"):
+        head += f" {picture.getpalette()}"
+    if (clear := picture.info.get("transparency")) is not None:
+        head += f" {clear!r}"
+    return hashlib.sha256(f"{head}\n".encode() + picture.tobytes()).hexdigest()
 
 
 class InputPictures:
@@ -46,8 +53,9 @@ class InputPictures:
             RequestError: If there is no such file, or it is no picture.
         """
         if isinstance(picture, Image.Image):
-            sum_ = pixel_sum(picture)
-            self._known[sum_] = picture
+            settled = _settle(picture, "the picture")
+            sum_ = pixel_sum(settled)
+            self._known[sum_] = settled
             return InputImage(sha256=sum_, of="pixels")
         path = Path(picture)
         content = _read(path)
@@ -108,10 +116,40 @@ def _read(path: Path) -> bytes:
 def _open(content: bytes, path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as file:
-            return ImageOps.exif_transpose(file).copy()
+            return _settle(file, str(path))
+    except RequestError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise RequestError(f"{path}: is no picture that can be read") from None
     # decoders raise what they please on damaged files
     except Exception as error:
         raise RequestError(f"{path}: is no picture that can be read: {error}") from None
+
+
+def _settle(picture: Image.Image, name: str) -> Image.Image:
+    """A copy that stands upright, of at most 8 bits a channel."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):
+        values = np.asarray(upright)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise RequestError(f"{name}: its grey values go beyond 16 bits")
+        return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8))
+    if upright.mode == "F":
+        raise RequestError(f"{name}: floating-point pixels have no known range; store 8 or 16 bits")
+    return upright.copy()
+
+
+def to_colour(picture: Image.Image) -> Image.Image:
+    """Turn a picture into RGB, or RGBA if something of it is transparent."""
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+
+
+def to_grey(mask: Image.Image) -> Image.Image:
+    """Turn a mask into grey values; what is transparent is black."""
+    if mask.has_transparency_data:
+        seen = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", seen.size, "black"), seen)
+    return mask.convert("L")
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

@@ -4,14 +4,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from PIL import Image
 
 from mezzotint.checkpoints.adapters import adapters
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
+from mezzotint.conditioning.clip import ClipConditioner
+from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.device import Execution, select_device, select_precision
+from mezzotint.diffusion.names import find_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.inputs import InputPictures
@@ -74,6 +77,7 @@ class Pipeline:
     Attributes:
         defaults: What a request takes where it says nothing.
         notes: Sentences on what was guessed or left out when the model was read.
+        read_as: What was said of the model's file in place of a guess.
         adapter_folders: Where adapters are found by name; None for the usual places.
     """
 
@@ -90,6 +94,7 @@ class Pipeline:
         self.defaults = source.defaults if source else SamplingDefaults()
         self.notes = source.notes if source else ()
         self.adapter_folders: Sequence[Path] | None = None
+        self.read_as = dict(source.read_as) if source else {}
         self._source = source
 
     @cached_property
@@ -138,6 +143,13 @@ class Pipeline:
                 )
             if getattr(request, name) is None and wants == kind:
                 raise RequestError(f"{self.name}: the model wants {description}")
+        if not isinstance(main_conditioner(self.model.conditioner), ClipConditioner):
+            for name, plain in (("clip_skip", 1), ("emphasis", "original"), ("adapters", ())):
+                if getattr(request, name) != plain:
+                    raise RequestError(
+                        f"{self.name}: {name} is for models with a CLIP text encoder; this one"
+                        f" wants {description}"
+                    )
 
     def request(self, **fields: Any) -> GenerationRequest:
         """Build a request for this model from the fields of `GenerationRequest`.
@@ -154,8 +166,9 @@ class Pipeline:
             "spacing": self.defaults.spacing,
             "guidance_scale": self.defaults.guidance_scale,
         }
-        if "spacing" not in given and " " in str(given.get("sampler", "")):
-            told["spacing"] = None  # a name such as "DPM++ 2M Karras" may say it
+        known = find_sampler(str(given.get("sampler", "")))
+        if known is not None and known.spacing is not None:
+            told["spacing"] = None  # a name such as "DPM++ 2M Karras" says it
         for name, value in told.items():
             if value is not None:
                 given.setdefault(name, value)
@@ -249,6 +262,10 @@ class Pipeline:
         def known(picture: Picture | InputImage | None) -> InputImage | None:
             if picture is None or isinstance(picture, InputImage):
                 return picture
+            if not isinstance(cast(object, picture), str | Path | Image.Image):
+                raise RequestError(
+                    f"a picture is a path or a PIL.Image, not a {type(picture).__name__}"
+                )
             return pictures.add(picture)
 
         request = self.request(

@@ -62,7 +62,8 @@ def replay(
         raise RequestError(f"{path}: its request does not say which model drew it")
     if device == "auto":
         device = resolved.device if _present(resolved.device) else "cpu"
-    pipeline = load(model or str(request.model), device, resolved.precision)
+    read_as = {name: told for name, told in resolved.read_as.to_dict().items() if told is not None}
+    pipeline = load(model or str(request.model), device, resolved.precision, **read_as)
     if pipeline.model_hash != resolved.model_hash:
         raise RequestError(
             f"{path}: drawn by a model with the hash {resolved.model_hash}, but {pipeline.name} has"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 
 from mezzotint.config import Config, Document
-from mezzotint.diffusion.names import find_sampler
+from mezzotint.diffusion.names import find_sampler, find_spacing
 from mezzotint.errors import ConfigError, RequestError, nearest
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "HighRes",
     "InputImage",
     "LayoutBox",
+    "ReadAs",
     "Resolved",
     "Task",
 ]
@@ -115,6 +116,15 @@ class HighRes(Config):
     upscaler: Literal["latent", "lanczos"] = "latent"
 
 
+class ReadAs(Config):
+    """What was said of a single file in place of a guess; see `mezzotint.load`."""
+
+    family: str | None = None
+    prediction: str | None = None
+    weights: Literal["ema", "raw"] | None = None
+    config: str | None = None
+
+
 class Resolved(Config):
     """What a picture was drawn with, beyond what was asked: enough to draw it again bit for bit.
 
@@ -130,6 +140,7 @@ class Resolved(Config):
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
         adapters: The sha256 of each adapter and embedding that acted, by name.
+        read_as: What was said of the model's file when it was read.
     """
 
     model_hash: str
@@ -144,6 +155,7 @@ class Resolved(Config):
     mezzotint_version: str
     torch_version: str
     adapters: dict[str, Sha256] = {}
+    read_as: ReadAs = ReadAs()
 
     @model_validator(mode="after")
     def _row_of_batch(self) -> Self:
@@ -240,14 +252,27 @@ class GenerationRequest(Document):
     def _usual_names(cls, data: Any) -> Any:
         """Let ``sampler`` be what other software calls it, ``DPM++ 2M Karras`` for example."""
         fields = cast(dict[str, Any], data) if isinstance(data, dict) else {}
-        named = fields.get("sampler")
+        label, named = fields.get("spacing"), fields.get("sampler")
+        if isinstance(label, str) and (found := find_spacing(label)) is not None:
+            fields = fields | {"spacing": found}
         known = find_sampler(named) if isinstance(named, str) else None
         if known is None:
-            return data
+            return fields or data
         sampler, spacing = known
         if spacing is not None and fields.get("spacing") is None:
             fields = fields | {"spacing": spacing}
         return fields | {"sampler": sampler}
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _is_text(cls, text: str | None) -> str | None:
+        """Refuse halves of characters, which no tokenizer and no file takes."""
+        if text is not None and not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("is no valid Unicode text") from None
+        return text
 
     @field_validator("sampler")
     @classmethod
@@ -279,8 +304,8 @@ class GenerationRequest(Document):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Self:
-        if self.variation_strength and self.variation_seed is None:
-            raise ValueError("variation_strength: needs a variation_seed")
+        if bool(self.variation_strength) != (self.variation_seed is not None):
+            raise ValueError("variation_seed and variation_strength (above 0) need one another")
         if self.padding is not None and not any(self.padding):
             raise ValueError("padding: adds nothing; give pixels for at least one side")
         if self.padding is not None and (self.width or self.height):
