@@ -172,7 +172,7 @@ def test_files_without_a_part_are_recognised(
     ("name", "message"),
     [
         ("conditioner.embedders.0.transformer.x", "is Stable Diffusion XL, which"),
-        ("lora_unet_down_blocks_0.alpha", "is a LoRA file; give it with --lora"),
+        ("lora_unet_down_blocks_0.alpha", "is a LoRA file; give it with --adapter"),
         ("first_stage_model.encoder.conv_in.weight", "is a first stage without a UNet"),
         ("encoder.conv_in.weight", "is a first stage alone"),
         ("down_blocks.0.resnets.0.conv1.weight", "a diffusers folder; give the folder"),

@@ -36,10 +36,10 @@ def randomized(module: nn.Module, seed: int) -> dict[str, Tensor]:
         if "num_batches" in name:
             continue
         if value.numel() > 1 << 24:
-            # row i is the same numbers from the i-th on: no two are equal, and the file is small
+            # row i is the same numbers from the i-th on, which are soon drawn, and no two are equal
             rows, columns = value.shape
-            numbers = torch.randn(rows + columns, generator=generator)
-            state[name] = (numbers * (2.0 / columns) ** 0.5).as_strided((rows, columns), (1, 1))
+            numbers = torch.randn(rows + columns, generator=generator) * (2.0 / columns) ** 0.5
+            state[name] = numbers.as_strided((rows, columns), (1, 1)).contiguous()
         elif value.ndim > 1:
             scale = (2.0 / value[0].numel()) ** 0.5
             state[name] = torch.randn(value.shape, generator=generator) * scale
