@@ -290,3 +290,31 @@ def test_another_sampler_brings_its_own_spacing(models: Path) -> None:
     assert read_request(Path(drawn.stdout.strip())).spacing == "exponential", drawn.output
     strip = mezzotint(*call, "x", "--tiling", "--strip", "denoising").exception
     assert isinstance(strip, RequestError) and "not with tiling" in str(strip)
+
+
+def test_a_family_that_does_not_fit_is_refused_before_it_is_drawn(models: Path) -> None:
+    file = models / "ldm-super-resolution.safetensors"
+    told = mezzotint("inspect", file, "--family", "ldm-unconditional", "--json").stdout
+    assert any("takes 6 channels where 3 were" in p for p in json.loads(told)["problems"])
+    failed = mezzotint("sample", file, "--family", "ldm-unconditional", *SMALL).exception
+    assert isinstance(failed, CheckpointError) and "6 channels where 3" in str(failed)
+
+
+def test_an_old_folder_leaves_nothing_behind(models: Path) -> None:
+    mezzotint("convert", models / "sd1.safetensors", "folder", "--to", "diffusers")
+    Path("folder/tokenizer/tokenizer.json").write_text("{}")
+    again = ("convert", models / "sd1.safetensors", "folder", "--to", "diffusers", "--overwrite")
+    assert mezzotint(*again).exit_code == 0
+    assert not Path("folder/tokenizer/tokenizer.json").exists()
+    Path("photos").mkdir()
+    Path("photos/a.jpg").write_bytes(b"precious")
+    kept = mezzotint(*again[:2], "photos", *again[3:]).exception
+    assert isinstance(kept, CheckpointError) and Path("photos/a.jpg").exists()
+
+
+def test_a_strangers_words_do_not_reach_the_terminal_raw(tmp_path: Path) -> None:
+    save_single_file(build("sd1"), tmp_path / "a.ckpt")
+    state = open_tensors(tmp_path / "a.ckpt").read() | {"evil\x1b[2Jname": torch.ones(1)}
+    save_file(state, tmp_path / "a.safetensors", {"title": "\x1b]0;owned\x07\nfamily      sd2"})
+    said = mezzotint("inspect", tmp_path / "a.safetensors").stdout
+    assert "\x1b" not in said and "\nfamily      sd2" not in said

@@ -1,5 +1,7 @@
 """From one layout to another: diffusers' folders, and single files of the original code."""
 
+import secrets
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +10,7 @@ import torch
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import Weights
 from mezzotint.checkpoints.pipelines import save_pipeline
+from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.single_file import save_single_file
 from mezzotint.errors import CheckpointError
 
@@ -52,13 +55,27 @@ def convert(
         raise CheckpointError(f"{target}: a single file is named *.safetensors or *.ckpt")
     if to == "diffusers" and target.suffix in SUFFIXES:
         raise CheckpointError(f"{target}: a diffusers model is a folder; name it without a suffix")
-    if not overwrite and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
-        raise CheckpointError(f"{target}: is there already; choose another name, or --overwrite")
+    beside = [target.with_suffix(".yaml")] if to == "compvis" else []
+    for path in (target, *beside):
+        there = path.is_file() or (path.is_dir() and any(path.iterdir()))
+        if there and not overwrite:
+            raise CheckpointError(f"{path}: is there already; choose another name, or --overwrite")
+    filled = target.is_dir() and any(target.iterdir())
+    if to == "diffusers" and filled and not (target / INDEX).is_file():
+        raise CheckpointError(f"{target}: holds something else than a model; not overwritten")
     loaded = load_any(
         source, dtype=None, family=family, prediction=prediction, weights=weights, config=config
     )
     if to == "compvis":
         lost = save_single_file(loaded.model, target, dtype=dtype)
     else:
-        lost = save_pipeline(loaded.model, target, dtype=dtype, defaults=loaded.defaults)
+        # into a new folder: what an old one has besides would be read with it
+        fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            lost = save_pipeline(loaded.model, fresh, dtype=dtype, defaults=loaded.defaults)
+            if target.exists():
+                shutil.rmtree(target)
+            fresh.rename(target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
     return [*loaded.notes, *lost]

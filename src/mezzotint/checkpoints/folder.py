@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+_MOST_JSON = 8 << 20  # bytes; the longest of real folders have a few thousand
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 # the projections of plain attention blocks in folders of before 2023
@@ -166,6 +167,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing or is not a JSON object.
     """
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_JSON):
+            raise CheckpointError(f"{path}: refused: is no file of at most {_MOST_JSON:,} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model folder has one") from None

@@ -110,8 +110,15 @@ def inspect_model(
         CheckpointError: If it is missing, damaged, hostile, or no model that is known.
     """
     if path.is_dir():
+        told = {"config": config, "family": family, "prediction": prediction}
+        if given := [name for name, value in told.items() if value is not None]:
+            raise CheckpointError(
+                f"{path}: a folder says itself what it is; {', '.join(given)} is for single files"
+            )
         return _inspect_folder(path, hashed)
     tensors = open_tensors(path)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no named tensors")
     source = config or find_config(path)
     told = read_compvis_config(source) if source is not None else None
     found = recognise(tensors, told, family=family, prediction=prediction)
@@ -189,7 +196,7 @@ def _inspect_folder(folder: Path, hashed: bool) -> Inspection:
     files = [folder / INDEX]
     for part, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if not isinstance(kind, str) or not (folder / part).is_dir():
+        if not isinstance(kind, str) or Path(part).name != part or not (folder / part).is_dir():
             continue
         found = _weights(folder / part)
         files += [*found, *sorted((folder / part).glob("*.json"))]
@@ -237,7 +244,7 @@ def _of_scheduler(
         case _:
             pass
     entry = index.get("scheduler")
-    if not isinstance(entry, list):
+    if not isinstance(entry, list) or len(entry) != 2:
         return None, None, size
     told = read_scheduler(folder / "scheduler" / FILE, str(entry[1]))
     return told.schedule.prediction_type, f"scheduler/{FILE} says so", size

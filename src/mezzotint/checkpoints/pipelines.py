@@ -72,6 +72,7 @@ class PipelineLayout:
         standard: Whether its software repairs the scheduler's configuration; see `read_scheduler`.
         scaled: Whether it scales the network's input; see `write_scheduler`.
         sampler: What draws for it if its scheduler does not say.
+        guidance_scale: What its software takes where nothing is said.
     """
 
     first_stage: Literal["vae", "vqvae"]
@@ -82,6 +83,7 @@ class PipelineLayout:
     standard: bool = False
     scaled: bool = True
     sampler: str | None = None
+    guidance_scale: float | None = None
 
 
 _STABLE = PipelineLayout(
@@ -91,8 +93,9 @@ _STABLE = PipelineLayout(
     encoder_library="transformers",
     encoder_classes=CLIP_CLASSES,
     standard=True,
+    guidance_scale=7.5,
 )
-_CONSISTENCY = replace(_STABLE, standard=False, sampler="lcm")
+_CONSISTENCY = replace(_STABLE, standard=False, sampler="lcm", guidance_scale=8.5)
 PIPELINES: Mapping[str, PipelineLayout] = {
     "StableDiffusionPipeline": _STABLE,
     "StableDiffusionImg2ImgPipeline": _STABLE,
@@ -107,6 +110,7 @@ PIPELINES: Mapping[str, PipelineLayout] = {
         encoder_library="latent_diffusion",
         encoder_classes=BERT_CLASSES,
         scaled=False,
+        guidance_scale=5.0,
     ),
     "LDMPipeline": PipelineLayout(first_stage="vqvae", condition=None),
     "LDMSuperResolutionPipeline": PipelineLayout(first_stage="vqvae", condition="low_res"),
@@ -165,7 +169,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
     sampler = scheduler.defaults.sampler or layout.sampler
     return LoadedModel(
         model=model.eval(),
-        defaults=replace(scheduler.defaults, sampler=sampler),
+        defaults=replace(scheduler.defaults, sampler=sampler, guidance_scale=layout.guidance_scale),
         files=_files(folder, layout),
         notes=(*scheduler.notes, *notes, *_left_out(index, layout)),
     )
@@ -323,8 +327,9 @@ def save_pipeline(
     scheduler, lost = write_scheduler(
         model.schedule_config, defaults, standard=layout.standard, scaled=layout.scaled
     )
-    if defaults is not None and defaults.guidance_scale is not None:
-        lost.append(f"guidance_scale {defaults.guidance_scale}: a folder says none")
+    told = defaults.guidance_scale if defaults is not None else None
+    if told not in (None, layout.guidance_scale):
+        lost.append(f"guidance_scale {told}: a folder says none")
     write_json(folder / "scheduler" / FILE, scheduler)
     save_first_stage(model.first_stage, model.normalization, folder / layout.first_stage, dtype)
     height, width = sample_size(model)

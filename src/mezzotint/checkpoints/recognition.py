@@ -138,7 +138,7 @@ def recognise(
     order: HeadOrder = config.head_order if config else "legacy"
     maps = _maps(configs, found, order, parts)
     missing, unexpected, wrong = _compare(tensors, parts, maps, found)
-    problems = [*_absent(parts, found, fields), *problems]
+    problems = [*_absent(parts, found, fields), *_disagreements(configs, parts), *problems]
     problems += [
         f"{what} {_some(names)}"
         for what, names in (
@@ -150,6 +150,8 @@ def recognise(
     ]
     published = found.settings(fields["first_stage"]).scale_factor
     scale = config.scale_factor if config else published
+    if scale is not None and not 0 < scale < math.inf:
+        problems.append(f"scale_factor is {scale}, expected above 0")
     height, width = fields["image_size"]
     return Recognised(
         paths=tensors.paths,
@@ -263,6 +265,31 @@ def _absent(parts: Parts, family: Family, fields: Sketch) -> Iterator[str]:
         yield "it has no first stage (first_stage_model.…), so that nothing can be decoded"
     if not parts["conditioner"] and (family.main or family.spatial == "semantic_map"):
         yield "it has no conditioner (cond_stage_model.…), so that it cannot be told anything"
+
+
+def _disagreements(configs: Mapping[str, Config], parts: Parts) -> Iterator[str]:
+    """Sentences on parts that do not go together, as where a wrong family was asked for."""
+    unet, stage = configs.get("unet"), configs.get("first_stage")
+    if not isinstance(unet, UNetConfig) or not isinstance(stage, FirstStageConfig):
+        return
+    match stage:
+        case VQModelConfig():
+            latents = stage.code_channels
+        case AutoencoderKLConfig():
+            latents = stage.latent_channels
+        case IdentityFirstStageConfig():
+            latents = stage.in_channels
+    told = {"low_res": "channels", "semantic_map": "out_channels"}
+    spatial = configs.get("spatial")
+    kind = str(getattr(spatial, "kind", ""))
+    extra = latents + 1 if kind == "inpainting" else getattr(spatial, told.get(kind, ""), 0)
+    if unet.in_channels != latents + extra:
+        yield f"its UNet takes {unet.in_channels} channels where {latents + extra} were expected"
+    if (unet.cross_attention_dim is None) != ("main" not in configs):
+        does = "attends to no tokens" if unet.cross_attention_dim is None else "attends to tokens"
+        yield f"its UNet {does}, which this family does not go with"
+    if unet.vector_dim is not None or unet.num_class_embeds is not None:
+        yield "its UNet wants a vector or a class beside, which no known family has"
 
 
 def _compare(

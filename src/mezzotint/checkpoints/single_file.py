@@ -97,6 +97,8 @@ def load_single_file(
         MissingExtraError: If it needs a package that is not installed.
     """
     tensors = open_tensors(path)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no named tensors")
     source = config or find_config(path)
     told = read_compvis_config(source) if source is not None else None
     found = recognise(tensors, told, family=family, prediction=prediction)
@@ -168,7 +170,8 @@ def _assemble(
     first_stage = cast(FirstStage, load("first_stage", stage))
     scale = found.scale_factor
     if scale is None:
-        scale = float(tensors.read(torch.float64, ["scale_factor"])["scale_factor"])
+        stored = tensors.read(torch.float64, ["scale_factor"])["scale_factor"]
+        scale = float(stored) if stored.numel() == 1 else 0.0
         if not 0 < scale < float("inf"):
             raise CheckpointError(f"{found.paths[0]}: scale_factor is {scale}, expected above 0")
     normalization = LatentNormalization.from_scale_factor(scale)
@@ -225,6 +228,14 @@ def _averaged(found: Recognised, tensors: Tensors, weights: Weights) -> bool:
             f"{found.paths[0]}: has no averaged weights ({EMA}…); say --weights raw, or auto"
         )
     if weights == "raw" or not found.has_ema:
+        return False
+    averages = [_average_of(PREFIXES["unet"] + rule.theirs) for rule in found.maps["unet"].rules]
+    if lacking := [name for name in averages if name not in tensors]:
+        if weights == "ema":
+            raise CheckpointError(
+                f"{found.paths[0]}: {len(lacking)} of {len(averages)} averaged weights are missing,"
+                f" the first is {lacking[0]}; say --weights raw"
+            )
         return False
     for rule in found.maps["unet"].rules:
         name = _average_of(PREFIXES["unet"] + rule.theirs)

@@ -64,14 +64,20 @@ def _say(found: "Inspection") -> None:
         ("problem", found.problems),
     ):
         rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        told = ", ".join(names[:_SHOWN]) or "none"
+        told = ", ".join(_printable(name) for name in names[:_SHOWN]) or "none"
         if names or label != "problem":
             print(f"{label:11} {told}{rest}")
     for name, value in found.metadata.items():
-        print(f"metadata    {name}: {value if len(value) <= 160 else value[:157] + '…'}")
+        short = value if len(value) <= 160 else f"{value[:157]}…"
+        print(f"metadata    {_printable(name)}: {_printable(short)}")
     if found.sha256 is not None:
         print(f"sha256      {found.sha256}")
         print(f"short hash  {found.short_hash}")
+
+
+def _printable(text: str) -> str:
+    """Text of a stranger's file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _say_picture(path: Path, as_json: bool) -> None:

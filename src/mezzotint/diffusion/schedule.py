@@ -53,7 +53,7 @@ class ScheduleConfig(Config):
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
     beta_end: float = Field(default=0.012, gt=0, lt=1)
-    num_train_timesteps: int = Field(default=1000, ge=2)
+    num_train_timesteps: int = Field(default=1000, ge=2, le=100_000)
     zero_terminal_snr: bool = False
     prediction_type: PredictionType = "epsilon"
     steps_offset: int = Field(default=0, ge=0)

@@ -48,7 +48,7 @@ class ConvolutionalConfig(Config):
     out_channels: PositiveInt = 3
     latent_channels: PositiveInt = 4
     block_out_channels: tuple[PositiveInt, ...] = Field((128, 256, 512, 512), min_length=1)
-    layers_per_block: PositiveInt = 2
+    layers_per_block: int = Field(2, ge=1, le=64)
     attention_levels: tuple[bool, ...] | None = None
     mid_attention: bool = True
     norm_num_groups: PositiveInt = 32

@@ -4,7 +4,7 @@ Parameters are named as in the public diffusers checkpoints.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -19,6 +19,8 @@ from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
 __all__ = ["UNet", "UNetConfig"]
+
+Width = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class UNetConfig(Config):
@@ -55,13 +57,15 @@ class UNetConfig(Config):
     in_channels: PositiveInt = 4
     out_channels: PositiveInt = 4
     sample_size: PositiveInt | None = None
-    block_out_channels: tuple[PositiveInt, ...] = Field((320, 640, 1280, 1280), min_length=1)
-    layers_per_block: PositiveInt = 2
+    block_out_channels: tuple[Width, ...] = Field(
+        (320, 640, 1280, 1280), min_length=1, max_length=16
+    )
+    layers_per_block: int = Field(2, ge=1, le=64)
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     cross_attention_dim: PositiveInt | None = 768
     num_attention_heads: PositiveInt | None = 8
     attention_head_dim: PositiveInt | None = None
-    transformer_layers_per_block: PositiveInt = 1
+    transformer_layers_per_block: int = Field(1, ge=1, le=64)
     use_linear_projection: bool = False
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     resblock_updown: bool = False
