@@ -46,6 +46,8 @@ def test_the_request_knows_every_spacing() -> None:
         ("Euler SGM Uniform", "euler", "sgm_uniform"),
         ("UniPC", "unipc", None),
         ("PNDMScheduler", "plms", None),
+        ("DDPM", "ddpm", None),
+        ("dpmpp_2m Karras", "dpmpp_2m", "karras"),
     ],
 )
 def test_names_of_other_software(name: str, sampler: str, spacing: str | None) -> None:

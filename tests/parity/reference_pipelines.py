@@ -9,17 +9,20 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from benchmarks.public_checkpoints import liven
 from diffusers.pipelines.stable_diffusion import (
     pipeline_stable_diffusion_img2img,
     pipeline_stable_diffusion_inpaint,
 )
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mezzotint.checkpoints.tokenizer_files import write_clip_tokenizer
 from mezzotint.conditioning.vocabularies import clip_tokenizer
+from mezzotint.rng import SampleNoise
 
+SEED, STEPS, MOST = 7, 10, 2  # of 255, anywhere
 KINDS = ("sd1", "sd2", "sd2-v", "sd1-inpainting", "sd2-inpainting")
 
 # the schedulers of the public folders: leading, one on, and the end at the first level
@@ -40,18 +43,6 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 def scheduler(name: str, prediction: str = "epsilon") -> Any:
     settings = {**SCHEDULE, **SCHEDULERS[name], "prediction_type": prediction}
     return getattr(diffusers, name)(**settings)
-
-
-@torch.no_grad()
-def liven(module: nn.Module, seed: int) -> None:
-    """Random weights at which every part matters; biases and norms too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in module.named_parameters():
-        noise = torch.randn(value.shape, generator=generator)
-        if value.ndim > 1:
-            value.copy_(noise * (1.0 / value[0].numel()) ** 0.5)
-        else:
-            value.copy_(noise * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
 
 
 def text_model(kind: str) -> CLIPTextModel:
@@ -166,3 +157,12 @@ def mask(size: int = 64) -> Image.Image:
 
 def index_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "model_index.json").read_text())
+
+
+def noise(side: int, channels: int = 3) -> Tensor:
+    return SampleNoise([SEED]).normal((channels, side, side))
+
+
+def differ(image: Image.Image, reference: np.ndarray) -> int:
+    assert reference.std() > 5  # what is grey all over would be alike for any network
+    return int(abs(np.asarray(image, dtype=int) - reference).max())

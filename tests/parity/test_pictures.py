@@ -9,7 +9,10 @@ import pytest
 import torch
 from reference_pipelines import (
     KINDS,
+    MOST,
     SCHEDULERS,
+    SEED,
+    STEPS,
     bytes_of,
     mask,
     noise_is,
@@ -29,9 +32,8 @@ from mezzotint.rng import SampleNoise
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPT, NEGATIVE = "a red apple on a table, sharp", "blurry"
-SEED, STEPS, SCALE = 7, 10, 7.5
+SCALE = 7.5
 LAYOUTS = ("folder", ".safetensors", ".ckpt")
-MOST = 2  # of 255, anywhere
 
 
 @pytest.fixture(scope="module")

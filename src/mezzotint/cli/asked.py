@@ -25,7 +25,12 @@ def of_picture(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
     if path is None:
         return {}
-    request = read_any_request(path, image=given.get("image"), mask=given.get("mask"))
+    request = read_any_request(
+        path,
+        image=given.get("image"),
+        mask=given.get("mask"),
+        sampler=given.get("sampler"),
+    )
     if request.resolved is None:
         try:
             ignored = ignored_fields(parse_infotext(read_infotext(path)))

@@ -89,7 +89,10 @@ DIFFUSERS: Mapping[str, str] = {
     "UniPCMultistepScheduler": "unipc",
 }
 _BY_FOLDED_NAME = {
-    name.casefold(): sampler for name, sampler in (*WEB_UI.items(), *DIFFUSERS.items())
+    name.casefold(): sampler
+    for named in (WEB_UI, DIFFUSERS)
+    for label, sampler in named.items()
+    for name in (label, sampler)
 }
 _SAMPLER_LABEL_OF = {sampler: label for label, sampler in WEB_UI.items()}
 _BY_FOLDED_LABEL = {label.casefold(): spacing for label, spacing in SPACING_LABELS.items()}
@@ -97,14 +100,14 @@ _SPACING_LABEL_OF = {spacing: label for label, spacing in reversed(SPACING_LABEL
 
 
 def find_sampler(name: str) -> KnownAs | None:
-    """Look a sampler up by what other software calls it.
+    """Look a sampler up by what other software calls it, or by our own name.
 
     Args:
         name: A label of the web UIs, with its spacing or without, or the name of a scheduler's
             class in diffusers; upper and lower case are alike.
 
     Returns:
-        None if no other software is known to call anything so.
+        None if nothing is known to be called so.
 
     Example:
         >>> find_sampler("DPM++ 2M Karras")

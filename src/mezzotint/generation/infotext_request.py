@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mezzotint.diffusion.names import (
@@ -46,6 +47,7 @@ _READ = frozenset(
 _REMARKS = frozenset(
     {"Hashes", "Init image hash", "Lora hashes", "Model hash", "TI hashes", "User", "Version"}
 )
+_OF_SAMPLER = frozenset({"Sampler", "Schedule type", "Eta", "Eta DDIM"})
 # k-diffusion's samplers of the web UIs have had spacings of their own since version 1.9
 _VERSION = re.compile(r"v(\d+)\.(\d+)")
 _OWN_SPACINGS_SINCE = (1, 9)
@@ -58,6 +60,7 @@ def request_from_infotext(
     *,
     image: InputImage | None = None,
     mask: InputImage | None = None,
+    sampler: str | None = None,
     source: str = "infotext",
 ) -> GenerationRequest:
     """Turn such a text into a request.
@@ -72,6 +75,7 @@ def request_from_infotext(
         image: The picture that it was made from. The text of a picture that was made from another
             one does not have it.
         mask: Of that picture, what was drawn anew.
+        sampler: In place of the one that is named, with that one's spacing and fresh noise.
         source: What error messages call the origin of the text.
 
     Raises:
@@ -79,6 +83,9 @@ def request_from_infotext(
             input picture is missing.
     """
     told = parse_infotext(text)
+    if sampler is not None:
+        others = {k: v for k, v in told.fields.items() if k not in _OF_SAMPLER}
+        told = replace(told, fields=others | {"Sampler": sampler})
     try:
         data = _request_fields(told, image, mask)
     except RequestError as error:

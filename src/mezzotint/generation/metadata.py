@@ -173,7 +173,11 @@ def read_infotext(path: Path) -> str:
 
 
 def read_any_request(
-    path: Path, *, image: InputImage | None = None, mask: InputImage | None = None
+    path: Path,
+    *,
+    image: InputImage | None = None,
+    mask: InputImage | None = None,
+    sampler: str | None = None,
 ) -> GenerationRequest:
     """Read how a picture was drawn, from Mezzotint's request or else from a web UI's text.
 
@@ -181,6 +185,7 @@ def read_any_request(
         path: The picture.
         image: The picture that it was made from, which a web UI's text does not have.
         mask: Of that picture, what was drawn anew.
+        sampler: In place of the one that a web UI's text names.
 
     Raises:
         RequestError: If there is no such file, it is damaged, it holds neither, or what it holds
@@ -193,7 +198,9 @@ def read_any_request(
         raise RequestError(
             f"{path}: holds neither a generation request of Mezzotint's nor a web UI's parameters"
         )
-    return request_from_infotext(notes.infotext, image=image, mask=mask, source=str(path))
+    return request_from_infotext(
+        notes.infotext, image=image, mask=mask, sampler=sampler, source=str(path)
+    )
 
 
 def _parse_request(text: str, path: Path) -> GenerationRequest:
