@@ -2,16 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from mezzotint.errors import ConfigError, nearest
+from mezzotint.errors import ConfigError, nearest, short
 
-__all__ = ["Config", "Document", "apply_overrides", "parse", "read_yaml", "to_yaml"]
+__all__ = ["Config", "Count", "Depth", "Document", "Width", "apply_overrides", "parse", "read_yaml"]
+__all__ += ["to_yaml"]
+
+_MOST_MISTAKES = 20  # that one message tells
+
+Width = Annotated[int, Field(gt=0, le=1 << 16)]
+"""Channels of a layer or numbers of a token; the bounds keep what a file claims within reason."""
+Depth = Annotated[int, Field(gt=0, le=64)]
+"""Layers one after the other."""
+Count = Annotated[int, Field(gt=0, le=1 << 24)]
+"""Rows of a table: tokens of a vocabulary, codes, classes."""
 
 
 class Config(BaseModel):
@@ -75,7 +85,10 @@ def parse(model: type[C], data: Mapping[str, Any], source: str) -> C:
     try:
         return model.model_validate(dict(data))
     except pydantic.ValidationError as error:
-        lines = [_describe(model, cast(dict[str, Any], item)) for item in error.errors()]
+        found = cast(list[dict[str, Any]], error.errors())
+        lines = [_describe(model, item) for item in found[:_MOST_MISTAKES]]
+        if (more := len(found) - _MOST_MISTAKES) > 0:
+            lines.append(f"and {more} more mistakes")
         joined = lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
         raise ConfigError(f"{source}: {joined}") from None
 
@@ -91,7 +104,7 @@ def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {item['input']!r}"
+    return f"{key}: {message}, got {short(item['input'])}"
 
 
 def _models_of(annotation: Any) -> list[type[BaseModel]]:

@@ -14,6 +14,7 @@ Anything else that escapes is a fault of Mezzotint's own.
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RequestError",
     "TrainingError",
     "nearest",
+    "short",
 ]
 
 
@@ -76,3 +78,24 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Choose from: {', '.join(choices)}"
+
+
+def _whole(x: int, level: int) -> str:
+    # Python refuses to write out a number of thousands of digits
+    return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length():,} bits"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 6, 6, 3
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.repr_int = _whole
+
+
+def short(value: object) -> str:
+    """Return a value as messages show it, on one line whatever it is.
+
+    Example:
+        >>> short("x" * 5000)[:20], short(10**5000)
+        ("'xxxxxxxxxxxxxxxxxxx", 'a number of 16,610 bits')
+    """
+    return _SHORT.repr(value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mezzotint.conditioning.base import Conditioner, Conditioning
 from mezzotint.diffusion.denoiser import Denoiser
 from mezzotint.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from mezzotint.errors import ConfigError, RequestError
+from mezzotint.errors import ConfigError, RequestError, short
 from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.models.unet import UNet
@@ -19,6 +19,7 @@ from mezzotint.rng import SampleNoise
 __all__ = ["FirstStage", "LatentDiffusion", "LatentNormalization", "encode_moments", "fingerprint"]
 
 FirstStage = AutoencoderKL | VQModel | IdentityFirstStage
+_LEAST_SCALE, _LARGEST_SCALE = 1e-9, 1e9  # latents have deviations of about 0.1 to 100
 
 
 class LatentNormalization(nn.Module):
@@ -41,7 +42,16 @@ class LatentNormalization(nn.Module):
 
     @classmethod
     def from_scale_factor(cls, scale_factor: float) -> "LatentNormalization":
-        """The paper's form: z is multiplied by ``scale_factor``."""
+        """The paper's form: z is multiplied by ``scale_factor``.
+
+        Raises:
+            ConfigError: If it is not of a size that float32 can divide by.
+        """
+        if not _LEAST_SCALE <= scale_factor <= _LARGEST_SCALE:
+            raise ConfigError(
+                f"scale_factor is {short(scale_factor)}, expected {_LEAST_SCALE:g} to"
+                f" {_LARGEST_SCALE:g}"
+            )
         return cls(torch.zeros(1), torch.tensor([1.0 / scale_factor]))
 
     @classmethod
@@ -141,6 +151,11 @@ class LatentDiffusion(nn.Module):
             raise ConfigError(
                 f"unet: out_channels is {unet.config.out_channels}, but the first stage has"
                 f" {first_stage.latent_channels} latent channels"
+            )
+        if normalization.std.numel() not in (1, first_stage.latent_channels):
+            raise ConfigError(
+                f"the statistics of latents have {normalization.std.numel()} channels, but the"
+                f" first stage has {first_stage.latent_channels}"
             )
         self.first_stage = first_stage.eval().requires_grad_(False)
         self.unet = unet

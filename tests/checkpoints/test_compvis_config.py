@@ -283,12 +283,13 @@ BOMB = "a: &a [x, x]\n" + "\n".join(
         (b"model: {", "not valid YAML"),
         (b"model: !!python/object/apply:os.system ['true']", "line 1: not valid YAML"),
         (b"\xff\xfe\x00", "cannot be read"),
-        (b"a: " + b"[" * 5000, "not valid YAML"),
+        (b"a: " + b"[" * 5000, "line 1: refused: nested more than 64 deep"),
         (b"# " + b"x" * (1 << 20), "has more than 1,048,576 bytes"),
-        (BOMB.encode() + b"\nmodel: *o", "model: expected dict, got [["),
+        (BOMB.encode() + b"\nmodel: *o", "line 2: refused: the alias *a stands for other lines"),
+        (b"model: {<<: {a: 1}}", "line 1: refused: << merges other lines"),
         (b"{}", "required, but missing"),
     ],
-    ids=["list", "broken", "object", "bytes", "deep", "large", "bomb", "empty"],
+    ids=["list", "broken", "object", "bytes", "deep", "large", "bomb", "merge", "empty"],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.yaml"

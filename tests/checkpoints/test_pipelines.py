@@ -1,179 +1,32 @@
+"""Models are written as pipelines of diffusers, and read back as they were."""
+
 import json
-import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tiny_pipelines import CONDITIONERS, bert, clip, edit, inpainting, kl, model
 
-from mezzotint.checkpoints.folder import save_component
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import read_model
 from mezzotint.checkpoints.pipelines import load_pipeline, save_pipeline
 from mezzotint.conditioning.base import Conditioner, ConditionInputs, Unconditional
-from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
-from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
-from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
-from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
+from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import (
     HybridConditioner,
-    InpaintingConditioner,
-    InpaintingConditionerConfig,
     LowResConditioner,
     LowResConditionerConfig,
-    SemanticMapConditioner,
-    SemanticMapConditionerConfig,
 )
-from mezzotint.conditioning.vocabularies import bert_tokenizer, read_clip_tokenizer
-from mezzotint.diffusion.schedule import ScheduleConfig
-from mezzotint.errors import CheckpointError
-from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
+from mezzotint.latent_diffusion import LatentNormalization
 from mezzotint.models.autoencoder import (
-    AutoencoderKL,
-    AutoencoderKLConfig,
     IdentityFirstStage,
     IdentityFirstStageConfig,
     VQModel,
     VQModelConfig,
 )
-from mezzotint.models.unet import UNet, UNetConfig
-
-WIDTH = 16
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple"]
-SCHEDULE = ScheduleConfig(steps_offset=1, set_alpha_to_one=False)
-
-
-@cache
-def small_vocabulary() -> Tokenizer:
-    """CLIP's way with words, and as many as these tests need."""
-    letters = "!abcdefghijklmnopqrstuvwxyz,"
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    with TemporaryDirectory() as folder:
-        numbers = {token: number for number, token in enumerate(tokens)}
-        (Path(folder) / "vocab.json").write_text(json.dumps(numbers))
-        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
-        return read_clip_tokenizer(Path(folder))[0]
-
-
-def clip(**more: Any) -> ClipConditioner:
-    tokenizer = small_vocabulary()
-    size = tokenizer.get_vocab_size()
-    shape = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 2, "vocab_size": size}
-    tokens = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
-    config = ClipConditionerConfig(**{**shape, **tokens, **more})
-    return ClipConditioner(config, tokenizer).eval()
-
-
-def bert(**more: Any) -> BertTextConditioner:
-    shape = {"vocab_size": 8, "width": WIDTH, "layers": 1, "heads": 2, "head_dim": 8, "ffn_dim": 32}
-    config = BertTextConditionerConfig(**{**shape, **more})
-    return BertTextConditioner(config, bert_tokenizer(WORDS))
-
-
-def layout() -> LayoutConditioner:
-    shape = {"vocab_size": 64, "width": WIDTH, "layers": 1, "heads": 2, "head_dim": 8}
-    return LayoutConditioner(LayoutConditionerConfig(**shape, ffn_dim=32, max_length=8))
-
-
-def inpainting(**more: Any) -> InpaintingConditioner:
-    return InpaintingConditioner(InpaintingConditionerConfig(latent_channels=3, **more))
-
-
-CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
-    "clip": clip,
-    "bert": bert,
-    "classes": lambda: ClassConditioner(ClassConditionerConfig(width=WIDTH, class_names=("a",))),
-    "layout": layout,
-    "map": lambda: SemanticMapConditioner(SemanticMapConditionerConfig(classes=5)),
-    "low-res": lambda: LowResConditioner(LowResConditionerConfig()),
-    "inpainting": lambda: inpainting(order="mask_last", signed_mask=True, masked_value=-1.0),
-    "clip-inpainting": lambda: HybridConditioner(clip(), inpainting()),
-    "class-map": lambda: HybridConditioner(
-        CONDITIONERS["classes"](), CONDITIONERS["map"]()
-    ),
-    "nothing": Unconditional,
-}  # fmt: skip
-
-
-def kl(levels: int = 2) -> AutoencoderKL:
-    config = AutoencoderKLConfig(
-        block_out_channels=(8,) * levels, layers_per_block=1, latent_channels=3, norm_num_groups=4
-    )
-    return AutoencoderKL(config)
-
-
-def unet(conditioner: Conditioner, **more: Any) -> UNet:
-    told = conditioner.wants is not None
-    config: dict[str, Any] = {
-        "in_channels": 3 + conditioner.concat_channels,
-        "out_channels": 3,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "attention_levels": (False, True),
-        "cross_attention_dim": WIDTH if told else None,
-        "num_attention_heads": 1,
-        "norm_num_groups": 4,
-    }
-    return UNet(UNetConfig(**{**config, **more}))
-
-
-def model(
-    conditioner: Conditioner,
-    first_stage: AutoencoderKL | VQModel | IdentityFirstStage | None = None,
-    *,
-    scale: float = 1.0,
-    size: tuple[int, int] = (16, 16),
-    schedule: ScheduleConfig = SCHEDULE,
-    **of_unet: Any,
-) -> LatentDiffusion:
-    first_stage = first_stage or kl()
-    latents = size[0] // first_stage.factor if size[0] == size[1] else None
-    return LatentDiffusion(
-        first_stage,
-        unet(conditioner, sample_size=latents, **of_unet),
-        conditioner,
-        schedule,
-        LatentNormalization.from_scale_factor(scale),
-        size,
-    )
-
-
-def edit(path: Path, **keys: Any) -> None:
-    """Set keys of a JSON file, or with None take them away."""
-    data = json.loads(path.read_text()) | keys
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders by condition, each written once."""
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("saved") / kind
-            levels = 4 if kind == "bert" else 2
-            save_pipeline(model(CONDITIONERS[kind](), kl(levels)), made[kind])
-        return made[kind]
-
-    return folder
-
-
-@pytest.fixture
-def copied(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy that a test may damage."""
-    return lambda kind: Path(shutil.copytree(saved(kind), tmp_path / kind))
 
 
 @pytest.mark.parametrize("kind", CONDITIONERS)
@@ -299,164 +152,3 @@ def test_the_scale_is_written_as_it_was_said(tmp_path: Path, scale: float) -> No
     written = json.loads((tmp_path / "vqvae" / "config.json").read_text())["scaling_factor"]
     assert len(str(written)) <= max(len(str(scale)), 11)
     assert written == pytest.approx(scale, rel=1e-7)
-
-
-def test_what_is_not_used_is_noted(copied: Callable[[str], Path]) -> None:
-    folder = copied("clip")
-    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    edit(folder / "model_index.json", safety_checker=checker)
-    [note] = load_pipeline(folder).notes
-    assert note == "safety_checker: in the folder, but not used by Mezzotint"
-
-
-def test_an_inpainting_pipeline_may_have_an_ordinary_network(copied: Callable[[str], Path]) -> None:
-    folder = copied("clip")
-    edit(folder / "model_index.json", _class_name="StableDiffusionInpaintPipelineLegacy")
-    assert isinstance(load_pipeline(folder).model.conditioner, ClipConditioner)
-
-
-def test_scales_that_are_not_said(copied: Callable[[str], Path]) -> None:
-    folder = copied("nothing")
-    edit(folder / "vqvae" / "config.json", scaling_factor=None)
-    loaded = load_pipeline(folder)
-    assert loaded.model.normalization.scale_factor == pytest.approx(0.18215, rel=1e-6)
-    assert loaded.notes == ()
-    vq = VQModelConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
-    save_pipeline(model(Unconditional(), VQModel(vq)), folder)
-    edit(folder / "vqvae" / "config.json", scaling_factor=None)
-    loaded = load_pipeline(folder)
-    assert loaded.model.normalization.scale_factor == 1.0
-    assert "says no scaling_factor; taken for 1" in loaded.notes[0]
-
-
-def test_sizes(copied: Callable[[str], Path]) -> None:
-    folder = copied("clip")
-    config = folder / "unet" / "config.json"
-    edit(config, sample_size=[8, 12])
-    assert load_pipeline(folder).model.image_size == (16, 24)
-    edit(config, sample_size=32, _diffusers_version="0.6.0")
-    assert load_pipeline(folder).model.image_size == (128, 128)
-    edit(config, _diffusers_version="0.9.0.dev0")
-    assert load_pipeline(folder).model.image_size == (64, 64)
-    edit(config, sample_size=None)
-    with pytest.raises(CheckpointError, match="sample_size is None; expected the side"):
-        load_pipeline(folder)
-
-
-Damage = Callable[[Path], None]
-
-
-def index(**keys: Any) -> Damage:
-    return lambda folder: edit(folder / "model_index.json", **keys)
-
-
-def config(part: str, **keys: Any) -> Damage:
-    return lambda folder: edit(folder / part / "config.json", **keys)
-
-
-REFUSED: dict[str, tuple[str, Damage, str]] = {
-    "pipeline": (
-        "clip",
-        index(_class_name="StableDiffusionXLPipeline"),
-        "model_index.json: unknown pipeline 'StableDiffusionXLPipeline'; did you mean 'Stable",
-    ),
-    "component": ("clip", index(unet=[None, None]), r"unet is \[None, None\]; expected \[lib"),
-    "encoder": (
-        "clip",
-        index(text_encoder=["transformers", "T5EncoderModel"]),
-        "text_encoder is 'T5EncoderModel'; expected CLIPTextModel or CLIPTextModelWithProj",
-    ),
-    "no-encoder": ("clip", index(text_encoder=None), "text_encoder is None; expected"),
-    "scheduler": (
-        "clip",
-        index(scheduler=["diffusers", "DDIMInverseScheduler"]),
-        "scheduler_config.json: unknown scheduler 'DDIMInverseScheduler'; did you mean 'DDIMSch",
-    ),
-    "activation": ("clip", config("text_encoder", hidden_act="relu"), "hidden_act: .*'relu'"),
-    "shape": (
-        "clip",
-        config("text_encoder", intermediate_size=48),
-        "does not fit its ClipConditioner: wrong shape",
-    ),
-    "layers": (
-        "clip",
-        config("text_encoder", num_hidden_layers=3),
-        r"does not fit its ClipConditioner: missing \(16\)",
-    ),
-    "vocabulary": (
-        "clip",
-        config("text_encoder", vocab_size=50),
-        r"bos_token_id: expected less than vocab_size, 50, got 56",
-    ),
-    "bert": ("bert", config("bert", activation_function="relu"), "activation_function is 'relu'"),
-    "words": ("bert", config("bert", vocab_size=7), "tokenizer: vocab_size is 7, but the tokeniz"),
-    "part": ("nothing", lambda folder: shutil.rmtree(folder / "vqvae"), "config.json: no such"),
-    "weights": (
-        "nothing",
-        lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
-        "no such file; there is no file of weights",
-    ),
-    "truncated": (
-        "clip",
-        lambda folder: (folder / "text_encoder" / "model.safetensors").write_bytes(b"\0" * 64),
-        "model.safetensors: damaged",
-    ),
-    "tokenizer": (
-        "clip",
-        lambda folder: (folder / "tokenizer" / "merges.txt").unlink(),
-        "merges.txt: no such file; a tokenizer needs it",
-    ),
-    "index": (
-        "nothing",
-        lambda folder: (folder / "model_index.json").write_text("[]"),
-        "model_index.json: expected a JSON object, got list",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(copied: Callable[[str], Path], name: str) -> None:
-    kind, damage, message = REFUSED[name]
-    folder = copied(kind)
-    damage(folder)
-    with pytest.raises(CheckpointError, match=message) as failed:
-        load_pipeline(folder)
-    assert str(failed.value).startswith(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("kind", "channels", "message"),
-    [
-        ("clip", 8, "in_channels is 8; expected 3 or 7, as latents have 3"),
-        ("nothing", 6, "in_channels is 6; expected 3, as latents have 3"),
-        ("low-res", 4, "in_channels is 4; expected 6, as latents have 3"),
-    ],
-)
-def test_channels_that_nothing_is_known_for(
-    copied: Callable[[str], Path], kind: str, channels: int, message: str
-) -> None:
-    folder = copied(kind)
-    other = model(CONDITIONERS[kind](), in_channels=channels)
-    other.conditioner = Unconditional()
-    save_component(other.unet, folder / "unet", {"sample_size": 8})
-    with pytest.raises(CheckpointError, match=message):
-        load_pipeline(folder)
-
-
-def test_a_text_encoder_of_another_width_is_refused(copied: Callable[[str], Path]) -> None:
-    folder = copied("clip")
-    save_component(unet(clip(), cross_attention_dim=24), folder / "unet", {"sample_size": 8})
-    message = "cross_attention_dim is 24, but the text encoder is 16 wide"
-    with pytest.raises(CheckpointError, match=message):
-        load_pipeline(folder)
-
-
-def test_the_hash_is_that_of_everything_that_was_read(copied: Callable[[str], Path]) -> None:
-    folder = copied("clip")
-    loaded = load_pipeline(folder)
-    names = {str(path.relative_to(folder)) for path in loaded.files}
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert names == there
-    before = loaded.content_hash()
-    edit(folder / "scheduler" / "scheduler_config.json", steps_offset=2)
-    assert load_pipeline(folder).content_hash() != before

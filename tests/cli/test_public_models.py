@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import build
 from typer.testing import CliRunner, Result
 
+from mezzotint.checkpoints.averages import average_of
 from mezzotint.checkpoints.single_file import save_single_file
 from mezzotint.cli.main import app
 from mezzotint.errors import CheckpointError, RequestError
@@ -119,6 +120,42 @@ def test_convert_there_and_back(models: Path) -> None:
     assert all(torch.equal(state[n], t.half()) for n, t in theirs.read().items())
     refused = mezzotint("convert", "folder", "h.ckpt", "--to", "compvis").exception
     assert isinstance(refused, CheckpointError) and "--overwrite" in str(refused)
+
+
+def test_what_a_conversion_leaves_out_is_printed_once(models: Path, tmp_path: Path) -> None:
+    state = open_tensors(models / "sd1.safetensors").read()
+    state["cond_stage_model.model.text_projection"] = torch.eye(2)
+    state["model.diffusion_model.out.2.bias"] = torch.tensor([7e4, 0.0, 0.0, 0.0])
+    save_file(state, tmp_path / "a.safetensors")
+    refused = mezzotint(
+        "convert", "a.safetensors", "b", "--to", "diffusers", "--precision", "float16"
+    )
+    message = "unet.conv_out.bias holds 70,000, and float16 ends at 65,504; bfloat16 holds it"
+    assert isinstance(refused.exception, CheckpointError) and str(refused.exception) == message
+    assert not Path("b").exists()
+    done = mezzotint(
+        "convert", "a.safetensors", "b", "--to", "diffusers", "--precision", "bfloat16"
+    )
+    assert done.stdout.count("text_projection") == 1
+    assert "left out: cond_stage_model.model.text_projection\n" in done.stdout
+
+
+def test_inspect_tells_problems_of_folders_and_averages_alone(models: Path, tmp_path: Path) -> None:
+    mezzotint("convert", models / "sd1.safetensors", "folder", "--to", "diffusers")
+    path = Path("folder/unet/diffusion_pytorch_model.safetensors")
+    state = open_tensors(path).read()
+    save_file({"stray": torch.ones(1), **state}, path)
+    said = mezzotint("inspect", "folder").stdout.splitlines()
+    assert "missing     none" in said and "unexpected  unet/stray" in said
+    assert f"problem     {path}: does not fit its UNet: unexpected (1): stray" in said
+    state = open_tensors(models / "sd1.safetensors").read()
+    flat = {average_of(n) if n.startswith("model.") else n: t for n, t in state.items()}
+    torch.save({"state_dict": flat}, "ema.pt")
+    said = mezzotint("inspect", "ema.pt").stdout.splitlines()
+    assert "EMA         averaged weights alone, which are taken for the UNet" in said
+    assert "missing     none" in said
+    refused = mezzotint("sample", "ema.pt", "a red apple", "--weights", "raw").exception
+    assert isinstance(refused, CheckpointError) and "none of its own" in str(refused)
 
 
 SMALL = ("--steps", 2, "--precision", "float32", "--device", "cpu")

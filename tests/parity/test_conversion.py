@@ -80,8 +80,10 @@ def test_to_a_single_file_and_back(
     suffix: str,
 ) -> None:
     source, file, back = folders[kind], tmp_path / f"model{suffix}", tmp_path / "back"
-    # heads of another width than CLIP's stand in the YAML, which other software does not need
-    assert all("other software does not read" in told for told in convert(source, file, "compvis"))
+    # heads of another width than CLIP's stand in the YAML, which other software does not need; and
+    # what the scheduler says of sampling stands nowhere
+    for told in convert(source, file, "compvis"):
+        assert "other software does not read" in told or told.startswith("sampler "), told
     again = tmp_path / f"again{'.ckpt' if suffix == '.safetensors' else '.safetensors'}"
     convert(file, again, "compvis")
     convert(again, back, "diffusers")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mezzotint.checkpoints.compvis import HeadOrder
 from mezzotint.checkpoints.compvis_text import ConditionerKind
 from mezzotint.checkpoints.yaml_section import Section, load_yaml
-from mezzotint.errors import CheckpointError, ConfigError
+from mezzotint.errors import CheckpointError, ConfigError, short
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -58,7 +58,8 @@ _TRAINING = (
     " use_ema loss_type scheduler_config ckpt_path ignore_keys load_only_unet cond_stage_forward"
     " l_simple_weight original_elbo_weight v_posterior learn_logvar logvar_init clip_denoised"
     " finetune_keys masked_image_key unfreeze_model model_lr ucg_training reset_ema"
-    " reset_num_ema_updates make_it_fit conditioning_key_drop channels"
+    " reset_num_ema_updates make_it_fit conditioning_key_drop channels embedding_reg_weight"
+    " reg_weight"
 )
 
 
@@ -76,9 +77,12 @@ class CompvisConfig:
         spatial: What is concatenated.
         spatial_fields: Fields of its configuration.
         schedule: Fields of its `ScheduleConfig`.
-        scale_factor: Of the latents; None if it lies among the tensors.
+        tells_prediction: Whether it says what the UNet predicts; where it does not, the original
+            code takes it for the noise.
+        scale_factor: Of the latents; None if it must lie among the tensors.
         latent_size: Height and width of the latents.
         own: What Mezzotint wrote beside it, as `mezzotint.checkpoints.recognition.Sketch` has it.
+        notes: Sentences on what was left out of it.
     """
 
     path: Path
@@ -90,9 +94,11 @@ class CompvisConfig:
     spatial: ConditionerKind | None
     spatial_fields: dict[str, Any]
     schedule: dict[str, Any]
+    tells_prediction: bool
     scale_factor: float | None
     latent_size: int
     own: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_compvis_config(path: Path) -> CompvisConfig:
@@ -128,7 +134,10 @@ def parse_compvis_config(data: Mapping[str, Any], path: Path) -> CompvisConfig:
         problems = problems or ["model: required, but missing; a file of the original code has it"]
         raise CheckpointError(f"{path}: {problems[0]}")
     # what else a file holds is of the training: data, lightning
-    own = whole.take(OWN, {}, dict)
+    own = whole.section(OWN)
+    for name in own.data:
+        if not isinstance(name, str):
+            own.problem(short(name), "expected the name of a part")
     inpaints = model.choice("target", f"{_DDPM}.LatentDiffusion", _MODELS)
     model.ignore("base_learning_rate")
     params = model.section("params")
@@ -137,7 +146,13 @@ def parse_compvis_config(data: Mapping[str, Any], path: Path) -> CompvisConfig:
     first_stage = _read_first_stage(params)
     main, spatial, fields = _read_conditions(params, inpaints)
     by_std = params.take("scale_by_std", False, bool)
-    scale = params.take("scale_factor", 1.0, (int, float))
+    scale = params.number("scale_factor", 1.0)
+    told = "scale_factor" in params.data or not by_std
+    schedule, size = _read_schedule(params), params.count("image_size", 256)
+    params.ignore(_TRAINING)
+    # what forks add to train on, such as personalization_config, has no tensor of the model
+    params.leave_out(lambda _, value: isinstance(value, dict) and "target" in value)
+    params.finish()
     found = CompvisConfig(
         path=path,
         unet=unet,
@@ -147,17 +162,25 @@ def parse_compvis_config(data: Mapping[str, Any], path: Path) -> CompvisConfig:
         main_fields=fields if main else {},
         spatial=spatial,
         spatial_fields={} if main else fields,
-        schedule=_read_schedule(params),
-        scale_factor=None if by_std else float(scale),
-        latent_size=params.count("image_size", 256),
-        own=own,
+        schedule=schedule,
+        tells_prediction="parameterization" in params.data,
+        scale_factor=scale if told else None,
+        latent_size=size,
+        own=dict(own.data),
+        notes=_notes(whole.left_out, path),
     )
-    params.ignore(_TRAINING)
-    params.finish()
     if problems:
         told = problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems)
         raise CheckpointError(f"{path}: {told}")
     return found
+
+
+def _notes(left_out: list[str], path: Path, shown: int = 8) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    rest = f" and {len(left_out) - shown} more" if len(left_out) > shown else ""
+    named = ", ".join(left_out[:shown])
+    return (f"{path.name} says what Mezzotint does not know and left out: {named}{rest}",)
 
 
 def _built(params: Section, name: str, targets: Mapping[str, Any]) -> tuple[Any, Section]:
@@ -174,8 +197,8 @@ def _read_schedule(params: Section) -> dict[str, Any]:
     params.fixed("cosine_s", 8e-3)
     return {
         "beta_schedule": params.choice("beta_schedule", "linear", BETA_SCHEDULES),
-        "beta_start": params.take("linear_start", 1e-4, float),
-        "beta_end": params.take("linear_end", 2e-2, float),
+        "beta_start": params.number("linear_start", 1e-4),
+        "beta_end": params.number("linear_end", 2e-2),
         "num_train_timesteps": params.count("timesteps", 1000),
         "prediction_type": params.choice("parameterization", "eps", PARAMETERIZATIONS),
     }
@@ -201,7 +224,7 @@ def _read_conditions(
         params.fixed("concat_keys", None, ["mask", "masked_image"])
         expected = "hybrid"
     if kind is not None and key != expected and not params.problems:
-        params.problem("conditioning_key", f"expected {expected!r} with {name}, got {key!r}")
+        params.problem("conditioning_key", f"expected {expected!r} with {name}, got {short(key)}")
     if inpaints:
         if kind is None or kind in _SPATIAL:
             params.problem(name, "an inpainting model also has a condition to attend to")
@@ -253,7 +276,7 @@ def _read_conditioner(
 
 def _read_unet(arguments: Section) -> tuple[dict[str, Any], HeadOrder]:
     width = arguments.count("model_channels")
-    multiples = arguments.numbers("channel_mult", (1, 2, 4, 8))
+    multiples = arguments.multiples("channel_mult")
     if multiples and multiples[0] != 1:
         arguments.problem("channel_mult", f"expected 1 as the first, got {multiples[0]}")
     at = arguments.numbers("attention_resolutions")
@@ -268,7 +291,7 @@ def _read_unet(arguments: Section) -> tuple[dict[str, Any], HeadOrder]:
         "cross_attention_dim": arguments.same_count("context_dim") if transformer else None,
         "use_linear_projection": arguments.take("use_linear_in_transformer", False, bool),
         "resblock_updown": arguments.take("resblock_updown", False, bool),
-        "dropout": float(arguments.take("dropout", 0.0, (int, float))),
+        "dropout": arguments.number("dropout", 0.0),
         **_read_heads(arguments),
     }
     depth = arguments.count("transformer_depth", 1)
@@ -286,7 +309,8 @@ def _read_unet(arguments: Section) -> tuple[dict[str, Any], HeadOrder]:
         case int(classes):
             fields["num_class_embeds"] = classes
         case other:
-            arguments.problem("num_classes", f"expected a number or 'sequential', got {other!r}")
+            told = f"expected a number or 'sequential', got {short(other)}"
+            arguments.problem("num_classes", told)
     new_order = arguments.take("use_new_attention_order", False, bool)
     for name, *values in (
         ("conv_resample", True),
@@ -299,6 +323,8 @@ def _read_unet(arguments: Section) -> tuple[dict[str, Any], HeadOrder]:
     ):
         arguments.fixed(name, *values)
     arguments.ignore("image_size use_checkpoint use_fp16 use_bf16 legacy")
+    # forks name ways to compute the same; what makes another network of it shows in the tensors
+    arguments.leave_out(lambda name, _: not arguments.is_near(name))
     arguments.finish()
     return fields, "new" if new_order else "legacy"
 
@@ -321,7 +347,7 @@ def _read_first_stage(params: Section) -> dict[str, Any]:
         arguments.finish()
         return {"kind": "identity", "in_channels": params.count("channels", 3)}
     shape = arguments.section("ddconfig")
-    width, levels = shape.count("ch"), shape.numbers("ch_mult", (1, 2, 4, 8))
+    width, levels = shape.count("ch"), shape.multiples("ch_mult")
     at, side = shape.numbers("attn_resolutions", ()), shape.count("resolution", 256)
     kinds = {"vanilla": True, "vanilla-xformers": True, "none": False}
     attends = shape.choice("attn_type", "vanilla", kinds)
@@ -336,7 +362,7 @@ def _read_first_stage(params: Section) -> dict[str, Any]:
         "layers_per_block": shape.count("num_res_blocks"),
         "attention_levels": attention if any(attention) else None,
         "mid_attention": attends,
-        "dropout": float(shape.take("dropout", 0.0, (int, float))),
+        "dropout": shape.number("dropout", 0.0),
     }
     for name, value in (("tanh_out", False), ("give_pre_end", False), ("resamp_with_conv", True)):
         shape.fixed(name, value)

@@ -7,11 +7,20 @@ shapes, nor do the groups of normalisations.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mezzotint.errors import CheckpointError
+from mezzotint.config import Config
+from mezzotint.errors import CheckpointError, short
+from mezzotint.models.unet import UNetConfig
 
-__all__ = ["guess_first_stage", "guess_unet"]
+__all__ = ["contradictions", "guess_first_stage", "guess_unet"]
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# what a network is as large as; all else is seen where its tensors are compared by name
+_SIZES = (
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block"),
+    *("cross_attention_dim", "transformer_layers_per_block", "vector_dim", "num_class_embeds"),
+    *("latent_channels", "codebook_size", "embedding_dim"),
+)
 
 
 def guess_unet(shapes: Shapes) -> dict[str, Any]:
@@ -95,6 +104,30 @@ def guess_first_stage(shapes: Shapes) -> dict[str, Any]:
         length = None if codes[1] == latents else codes[1]
         fields |= {"kind": "vq", "codebook_size": codes[0], "embedding_dim": length}
     return fields
+
+
+def contradictions(section: str, config: Config, shapes: Shapes) -> list[str]:
+    """Return sentences on sizes that a YAML file claims and the tensors do not have.
+
+    They are found before anything is built, which may be far larger than the file.
+
+    Args:
+        section: What messages call the part.
+        config: Of the UNet or of a first stage.
+        shapes: See `guess_unet` and `guess_first_stage`; of tensors that are no such part of the
+            original code nothing is said.
+    """
+    guess = guess_unet if isinstance(config, UNetConfig) else guess_first_stage
+    try:
+        told = guess(shapes)
+    except CheckpointError:
+        return []
+    claimed = config.to_dict()
+    return [
+        f"{section}.{name} is {short(claimed[name])}, but its tensors have {short(told[name])}"
+        for name in _SIZES
+        if name in told and name in claimed and claimed[name] != told[name]
+    ]
 
 
 class _Shapes:

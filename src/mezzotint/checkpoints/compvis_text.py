@@ -21,6 +21,7 @@ from mezzotint.conditioning.spatial import (
     SemanticMapConditionerConfig,
 )
 from mezzotint.config import Config
+from mezzotint.errors import CheckpointError
 
 __all__ = ["CONFIGS", "ConditionerKind", "conditioner_map", "guess_conditioner", "kind_of_tensors"]
 
@@ -52,6 +53,7 @@ _MARKS: Mapping[str, ConditionerKind] = {
     "channel_mapper.weight": "semantic_map",
 }
 _BERT_WORDS = 30522  # a transformer of fewer tokens reads layouts
+_MOST_CLASSES = 1 << 17
 _CLIP_HEAD = 64  # width of a head in every published CLIP
 _BERT_HEADS = 8
 _HALVED = 23  # layers of Stable Diffusion 2's text encoder where the last, unused, is left out
@@ -85,6 +87,9 @@ def guess_conditioner(kind: ConditionerKind, shapes: Shapes, latents: int) -> di
         shapes: Of its tensors, by name without ``cond_stage_model.``; of one that lacks some, the
             fields that they tell are left out.
         latents: Channels of the latents, for conditioners without tensors.
+
+    Raises:
+        CheckpointError: If it is of more classes than there can be; it does not name the file.
     """
     match kind:
         case "clip":
@@ -95,6 +100,11 @@ def guess_conditioner(kind: ConditionerKind, shapes: Shapes, latents: int) -> di
             return {"kind": kind, **_guess_transformer(shapes)}
         case "class":
             rows, width = shapes.get("embedding.weight", (1001, 512))
+            if rows > _MOST_CLASSES:
+                raise CheckpointError(
+                    f"cond_stage_model.embedding.weight is of {rows:,} classes, expected at most"
+                    f" {_MOST_CLASSES:,}"
+                )
             return {"kind": "class", "width": width, "class_names": _numbers(rows - 1)}
         case "semantic_map":
             out, classes = shapes.get("channel_mapper.weight", (3, 182))[:2]

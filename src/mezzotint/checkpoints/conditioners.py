@@ -3,13 +3,17 @@
 A conditioner of two parts has a sub-folder for each.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 
+from mezzotint.checkpoints.compvis_text import conditioner_map
 from mezzotint.checkpoints.folder import (
     CONFIG,
     load_weights,
@@ -21,7 +25,11 @@ from mezzotint.checkpoints.folder import (
 from mezzotint.conditioning.base import Conditioner, Unconditional
 from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
 from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
-from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
+from mezzotint.conditioning.clip import (
+    ClipConditioner,
+    ClipConditionerConfig,
+    check_vocabulary,
+)
 from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
 from mezzotint.conditioning.spatial import (
     HybridConditioner,
@@ -33,14 +41,24 @@ from mezzotint.conditioning.spatial import (
     SemanticMapConditionerConfig,
 )
 from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig
+from mezzotint.conditioning.vocabularies import bert_tokenizer, clip_tokenizer
 from mezzotint.config import Config
-from mezzotint.errors import CheckpointError, ConfigError, nearest
+from mezzotint.errors import CheckpointError, ConfigError, nearest, short
+from mezzotint.storage.tensors import TensorInfo, refuse_pointer
 
-__all__ = ["load_conditioner", "save_conditioner"]
+__all__ = [
+    "PARTS",
+    "ExpectedWeights",
+    "build_conditioner",
+    "clip_weights",
+    "expected_weights",
+    "load_conditioner",
+    "published_tokenizer",
+    "save_conditioner",
+]
 
 _WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"
-_READS_TEXT = (TextConditioner, ClipConditioner, BertTextConditioner)
-# what is built of a configuration, and of a tokenizer if it reads text
+PARTS = ("main", "spatial")
 _CONFIGURED: Mapping[type[Conditioner], type[Config]] = {
     TextConditioner: TextConditionerConfig,
     ClipConditioner: ClipConditionerConfig,
@@ -51,7 +69,44 @@ _CONFIGURED: Mapping[type[Conditioner], type[Config]] = {
     LowResConditioner: LowResConditionerConfig,
     InpaintingConditioner: InpaintingConditionerConfig,
 }
+# what is built of a configuration and a tokenizer, and the published one if there is one
+_READS_TEXT: Mapping[type[Conditioner], Callable[[], Tokenizer] | None] = {
+    TextConditioner: None,
+    ClipConditioner: clip_tokenizer,
+    BertTextConditioner: bert_tokenizer,
+}
+_CLASSES: Mapping[type[Config], type[Conditioner]] = {
+    config: kind for kind, config in _CONFIGURED.items()
+}
 _KINDS = {kind.__name__: kind for kind in (*_CONFIGURED, Unconditional, HybridConditioner)}
+
+
+def build_conditioner(config: Config, tokenizer: Tokenizer | None = None) -> Conditioner:
+    """Build a conditioner of its configuration, with random weights.
+
+    Args:
+        config: Of a kind that this module knows.
+        tokenizer: Of one that reads text; the published one if not given.
+
+    Raises:
+        ConfigError: If the tokenizer is not for it.
+        MissingExtraError: If it needs ``transformers``, which is not installed.
+    """
+    kind = _CLASSES[type(config)]
+    build = cast(Callable[..., Conditioner], kind)
+    if kind not in _READS_TEXT:
+        return build(config)
+    published = _READS_TEXT[kind]
+    assert tokenizer is not None or published is not None, "it trains a tokenizer of its own"
+    return build(config, tokenizer or (published and published()))
+
+
+def published_tokenizer(conditioner: nn.Module) -> Tokenizer | None:
+    """Return the tokenizer with which models of a conditioner's kind were published, if any."""
+    published = next(
+        (give for kind, give in _READS_TEXT.items() if type(conditioner) is kind), None
+    )
+    return published and published()
 
 
 def save_conditioner(
@@ -67,14 +122,14 @@ def save_conditioner(
     assert type(conditioner) in _KINDS.values(), type(conditioner)
     keys: dict[str, Any] = {"_class_name": type(conditioner).__name__}
     if isinstance(conditioner, HybridConditioner):
-        save_conditioner(conditioner.main, folder / "main", dtype)
-        save_conditioner(conditioner.spatial, folder / "spatial", dtype)
+        for name in PARTS:
+            save_conditioner(getattr(conditioner, name), folder / name, dtype)
     elif type(conditioner) in _CONFIGURED:
         keys |= cast(Config, conditioner.config).to_dict()
         if state := conditioner.state_dict():
             save_weights(state, folder / _WEIGHTS, dtype)
-    if isinstance(conditioner, _READS_TEXT):
-        write_atomically(folder / _TOKENIZER, conditioner.tokenizer.to_str().encode())
+    if isinstance(tokenizer := getattr(conditioner, "tokenizer", None), Tokenizer):
+        write_atomically(folder / _TOKENIZER, tokenizer.to_str().encode())
     write_json(folder / CONFIG, keys)
 
 
@@ -89,30 +144,107 @@ def load_conditioner(folder: Path, dtype: torch.dtype | None = torch.float32) ->
         CheckpointError: If a file is missing or damaged, or the kind is unknown.
         MissingExtraError: If it needs ``transformers``, which is not installed.
     """
-    keys = read_component_config(folder)
-    name = str(keys.pop("_class_name", None))
-    if name not in _KINDS:
-        raise CheckpointError(f"{folder}: unknown conditioner {name!r}; {nearest(name, _KINDS)}")
-    kind = _KINDS[name]
-    if kind is Unconditional:
-        return Unconditional()
+    kind, config, tokenizer = _read(folder)
     if kind is HybridConditioner:
-        parts = (load_conditioner(folder / part, dtype) for part in ("main", "spatial"))
-        return HybridConditioner(*parts)
-    build = cast(Callable[..., Conditioner], kind)
-    try:
-        config = _CONFIGURED[kind].from_dict(keys, str(folder / CONFIG))
-        parts = (_tokenizer(folder / _TOKENIZER),) if kind in _READS_TEXT else ()
-        with torch.device("meta"):
-            conditioner = build(config, *parts)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+        return HybridConditioner(*(load_conditioner(folder / part, dtype) for part in PARTS))
+    if config is None:
+        return Unconditional()
+    conditioner = _build(folder, config, tokenizer)
     if conditioner.state_dict():
         load_weights(conditioner, folder / _WEIGHTS, dtype)
     return conditioner
 
 
+@dataclass(frozen=True)
+class ExpectedWeights:
+    """What a file of a conditioner is to hold.
+
+    Attributes:
+        kind: The conditioner's class.
+        path: The file.
+        tensors: By name, without values.
+    """
+
+    kind: str
+    path: Path
+    tensors: Mapping[str, Tensor | TensorInfo]
+
+
+def expected_weights(folder: Path) -> tuple[ExpectedWeights, ...]:
+    """Return what the weights of a conditioner must be; ``transformers`` is not needed for it.
+
+    Args:
+        folder: From `save_conditioner`; its weights are not looked at.
+
+    Raises:
+        CheckpointError: If a configuration or a tokenizer is missing or damaged.
+    """
+    kind, config, tokenizer = _read(folder)
+    if kind is HybridConditioner:
+        return tuple(told for part in PARTS for told in expected_weights(folder / part))
+    if config is None:
+        return ()
+    path = folder / _WEIGHTS
+    tensors: Mapping[str, Tensor | TensorInfo]
+    if isinstance(config, ClipConditionerConfig):
+        assert tokenizer is not None, "it reads text"
+        with _mistakes_are_the_files(folder):
+            check_vocabulary(config, tokenizer)
+        tensors = clip_weights(config, path)
+    else:
+        tensors = _build(folder, config, tokenizer).state_dict()
+    return (ExpectedWeights(kind.__name__, path, tensors),) if tensors else ()
+
+
+def clip_weights(config: ClipConditionerConfig, path: Path) -> dict[str, TensorInfo]:
+    """Return what the weights of a CLIP text encoder are, without building it.
+
+    Args:
+        config: What it is.
+        path: The file that they should lie in.
+    """
+    rules = conditioner_map("clip", config).rules
+    return {
+        name: TensorInfo(torch.float32, tuple(rule.ours_shape), path)
+        for rule in rules
+        for name in rule.ours
+    }
+
+
+def _read(folder: Path) -> tuple[type[Conditioner], Config | None, Tokenizer | None]:
+    """The class of a conditioner, its configuration and its tokenizer, as far as it has them."""
+    keys = read_component_config(folder)
+    name = str(keys.pop("_class_name", None))
+    if name not in _KINDS:
+        near = nearest(name, _KINDS)
+        raise CheckpointError(f"{folder / CONFIG}: unknown conditioner {short(name)}; {near}")
+    kind = _KINDS[name]
+    if kind not in _CONFIGURED:
+        return kind, None, None
+    with _mistakes_are_the_files():
+        config = _CONFIGURED[kind].from_dict(keys, str(folder / CONFIG))
+    if isinstance(config, ClassConditionerConfig) and not config.class_names:
+        raise CheckpointError(f"{folder / CONFIG}: class_names is empty; expected the classes")
+    return kind, config, _tokenizer(folder / _TOKENIZER) if kind in _READS_TEXT else None
+
+
+def _build(folder: Path, config: Config, tokenizer: Tokenizer | None) -> Conditioner:
+    """A conditioner without weights."""
+    with _mistakes_are_the_files(folder), torch.device("meta"):
+        return build_conditioner(config, tokenizer)
+
+
+@contextmanager
+def _mistakes_are_the_files(folder: Path | None = None) -> Generator[None]:
+    """A configuration that comes from a folder is the folder's mistake, not the user's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}" if folder else str(error)) from None
+
+
 def _tokenizer(path: Path) -> Tokenizer:
+    refuse_pointer(path)
     try:
         return Tokenizer.from_file(str(path))
     # tokenizers raises a bare Exception for missing and damaged files alike

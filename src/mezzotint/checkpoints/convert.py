@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from mezzotint.checkpoints.load import load_any
-from mezzotint.checkpoints.loaded import Weights
+from mezzotint.checkpoints.loaded import Weights, listed
 from mezzotint.checkpoints.pipelines import save_pipeline
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.single_file import save_single_file
@@ -46,10 +46,12 @@ def convert(
         overwrite: Whether what stands at ``target`` may be replaced.
 
     Returns:
-        Sentences on what was guessed, and on what the layout could not hold.
+        Sentences on what was guessed, on all of the source that is not in the target, and on what
+        the layout could not hold.
 
     Raises:
-        CheckpointError: If the source cannot be read, or the target not be written.
+        CheckpointError: If the source cannot be read, the target not be written, or ``dtype`` not
+            hold a weight; in each case nothing of the target is written.
     """
     if to == "compvis" and target.suffix not in SUFFIXES:
         raise CheckpointError(f"{target}: a single file is named *.safetensors or *.ckpt")
@@ -67,7 +69,7 @@ def convert(
         source, dtype=None, family=family, prediction=prediction, weights=weights, config=config
     )
     if to == "compvis":
-        lost = save_single_file(loaded.model, target, dtype=dtype)
+        lost = save_single_file(loaded.model, target, dtype=dtype, defaults=loaded.defaults)
     else:
         # into a new folder: what an old one has besides would be read with it
         fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -78,4 +80,5 @@ def convert(
             fresh.rename(target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    return [*loaded.notes, *lost]
+    left = [f"left out: {listed(loaded.left_out)}"] if loaded.left_out else []
+    return [*loaded.notes, *left, *lost]

@@ -14,7 +14,7 @@ from torch import Tensor
 from mezzotint.checkpoints.loaded import file_sha256
 from mezzotint.errors import CheckpointError
 from mezzotint.storage.stored import StoredTensor
-from mezzotint.storage.tensors import PICKLES, open_tensors
+from mezzotint.storage.tensors import form_of, open_tensors
 from mezzotint.storage.unpickle import ParameterDict, read_pickle
 
 __all__ = ["Embedding", "check_width", "is_embedding", "load_embedding"]
@@ -113,7 +113,7 @@ def check_width(embedding: Embedding, width: int) -> None:
 
 def _stored(path: Path) -> tuple[Mapping[str, Any], bool]:
     """What may be vectors, by name, and whether the file is of a form that is for nothing else."""
-    root = read_pickle(path) if path.suffix in PICKLES else None
+    root = read_pickle(path) if form_of(path) == "pickle" else None
     if not isinstance(root, dict) or _WEB_UI_PICKLE not in root:
         stored = open_tensors(path).stored
         return stored, _WEB_UI in stored

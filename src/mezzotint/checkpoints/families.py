@@ -194,7 +194,7 @@ def find_family(name: str) -> Family:
         CheckpointError: If there is none; it names the nearest.
     """
     if name not in FAMILIES:
-        raise CheckpointError(f"no family {name!r}; {nearest(name, FAMILIES)}")
+        raise CheckpointError(f"--family: no family {name!r}; {nearest(name, FAMILIES)}")
     return FAMILIES[name]
 
 

@@ -7,8 +7,9 @@ all.
 import json
 import os
 import secrets
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,17 @@ from mezzotint.checkpoints.layouts import config_to_layout, layout_to_config
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError
 from mezzotint.storage.safetensors_file import write_safetensors
-from mezzotint.storage.tensors import TensorInfo, find_weights, open_tensors
+from mezzotint.storage.tensors import TensorInfo, find_weights, open_tensors, refuse_pointer
 
 __all__ = [
+    "Fit",
+    "build_component",
+    "compare",
     "fill_unsaved_buffers",
     "load_component",
     "load_state_strictly",
     "load_weights",
+    "modern_name",
     "read_component_config",
     "read_json",
     "save_component",
@@ -110,12 +115,20 @@ def load_component(folder: Path | str, dtype: torch.dtype | None = torch.float32
             build, or a tensor is missing, unexpected or of the wrong shape.
     """
     folder = Path(folder)
-    layout, config = layout_to_config(read_component_config(folder), str(folder / CONFIG))
-    path = find_weights(folder, STEM)
-    with torch.device("meta"):  # no time lost on random weights that are overwritten
-        module = layout.build(config)
-    load_weights(module, path, dtype, _modern)
+    module = build_component(folder)
+    load_weights(module, find_weights(folder, STEM), dtype, modern_name)
     return module.eval()
+
+
+def build_component(folder: Path) -> nn.Module:
+    """Build what a component folder says, on the meta device: without weights.
+
+    Raises:
+        CheckpointError: If its configuration is missing or damaged, or says what we cannot build.
+    """
+    layout, config = layout_to_config(read_component_config(folder), str(folder / CONFIG))
+    with torch.device("meta"):  # no time lost on random weights that are overwritten
+        return layout.build(config)
 
 
 def load_weights(
@@ -139,7 +152,8 @@ def load_weights(
     stored = open_tensors(path)
     names = {name: ours for name in stored if (ours := rename(name)) is not None}
     # before gigabytes are read that do not fit
-    _check_fit(module, {ours: stored[name] for name, ours in names.items()}, path)
+    infos = {ours: stored[name] for name, ours in names.items()}
+    compare(module.state_dict(), infos).require(type(module).__name__, path)
     tensors = {names[name]: tensor for name, tensor in stored.read(dtype, names).items()}
     load_state_strictly(module, tensors, path)
     fill_unsaved_buffers(module)
@@ -166,6 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing or is not a JSON object.
     """
+    refuse_pointer(path)
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_JSON):
             raise CheckpointError(f"{path}: refused: is no file of at most {_MOST_JSON:,} bytes")
@@ -195,46 +210,79 @@ def load_state_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source
     Raises:
         CheckpointError: Naming what is missing, unexpected or of the wrong shape or type.
     """
-    _check_fit(module, tensors, source)
+    compare(module.state_dict(), tensors).require(type(module).__name__, source)
     on_meta = any(t.is_meta for t in module.state_dict().values())
     module.load_state_dict(tensors, assign=on_meta)
 
 
-def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor | TensorInfo], source: Path) -> None:
-    wanted = module.state_dict()
-    parts: list[str] = []
-    if missing := [name for name in wanted if name not in tensors]:
-        parts.append(f"missing {_some(missing)}")
-    if unexpected := [name for name in tensors if name not in wanted]:
-        parts.append(f"unexpected {_some(unexpected)}")
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} where {tuple(expected.shape)} was expected"
-        for name, expected in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != tuple(expected.shape)
-    ]
-    if wrong:
-        parts.append(f"wrong shape {_some(wrong)}")
-    mistyped = [
-        f"{name} of {tensors[name].dtype}"
-        for name, expected in wanted.items()
-        if name in tensors and tensors[name].dtype.is_floating_point != expected.is_floating_point()
-    ]
-    if mistyped:
-        parts.append(f"wrong type {_some(mistyped)}")
-    if parts:
-        raise CheckpointError(
-            f"{source}: does not fit its {type(module).__name__}: {'; '.join(parts)}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How the tensors of a file go with those that a network wants.
+
+    Attributes:
+        missing: Names of those that should be there.
+        unexpected: Names of those that should not.
+        wrong: Names of those of another shape, with both shapes.
+        mistyped: Names of whole numbers where fractions belong, or the other way round.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    wrong: tuple[str, ...]
+    mistyped: tuple[str, ...]
+
+    def told(self, kind: str) -> str | None:
+        """Return a sentence on all that does not fit a network of this kind, if anything."""
+        lists = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "wrong shape": self.wrong,
+            "wrong type": self.mistyped,
+        }
+        parts = [f"{what} {_some(names)}" for what, names in lists.items() if names]
+        return f"does not fit its {kind}: {'; '.join(parts)}" if parts else None
+
+    def require(self, kind: str, source: Path) -> None:
+        """Raise a CheckpointError that says what does not fit, unless all does."""
+        if (told := self.told(kind)) is not None:
+            raise CheckpointError(f"{source}: {told}")
 
 
-def _some(names: list[str], shown: int = 4) -> str:
+def compare(
+    wanted: Mapping[str, Tensor | TensorInfo], found: Mapping[str, Tensor | TensorInfo]
+) -> Fit:
+    """Hold the tensors of a file against those of a network; none of them is read.
+
+    Args:
+        wanted: By name, the network's.
+        found: By the same names, the file's.
+    """
+    both = [(name, wanted[name], found[name]) for name in wanted if name in found]
+    return Fit(
+        missing=tuple(name for name in wanted if name not in found),
+        unexpected=tuple(name for name in found if name not in wanted),
+        wrong=tuple(
+            f"{name} {tuple(there.shape)} where {tuple(expected.shape)} was expected"
+            for name, expected, there in both
+            if tuple(there.shape) != tuple(expected.shape)
+        ),
+        mistyped=tuple(
+            f"{name} of {there.dtype}"
+            for name, expected, there in both
+            if there.dtype.is_floating_point != expected.dtype.is_floating_point
+        ),
+    )
+
+
+def _some(names: Sequence[str], shown: int = 4) -> str:
     rest = len(names) - shown
     return (
         f"({len(names)}): " + ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
     )
 
 
-def _modern(name: str) -> str:
+def modern_name(name: str) -> str:
+    """Return what folders of today call a tensor of a UNet or a first stage."""
     if ".attentions." not in name:
         return name
     return ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.checkpoints.compvis_config import read_compvis_config
+from mezzotint.checkpoints.conditioners import PARTS
 from mezzotint.checkpoints.folder import read_json, weight_files
+from mezzotint.checkpoints.inspect_folder import check_folder
 from mezzotint.checkpoints.loaded import content_hash
+from mezzotint.checkpoints.model import CLASS
 from mezzotint.checkpoints.recognition import EMA, Recognised, recognise
-from mezzotint.checkpoints.registry import INDEX
-from mezzotint.checkpoints.schedulers import FILE, read_scheduler
-from mezzotint.checkpoints.single_file import find_config
+from mezzotint.checkpoints.registry import INDEX, resolve_model
+from mezzotint.checkpoints.schedulers import FILE
+from mezzotint.checkpoints.single_file import find_config, open_single_file
 from mezzotint.checkpoints.sketch import PREFIXES
+from mezzotint.checkpoints.telling import tell_disagreement
 from mezzotint.errors import CheckpointError
-from mezzotint.storage.tensors import TensorInfo, Tensors, open_tensors
+from mezzotint.storage.tensors import TensorInfo, Tensors, form_of, open_tensors
 
 __all__ = ["Inspection", "PartSummary", "inspect_model"]
 
@@ -59,10 +63,12 @@ class Inspection:
         prediction_reason: What that rests on.
         image_size: Height and width in pixels that it was trained at, if that is told.
         parts: Its parts.
-        averaged: Whether averaged weights (EMA) lie beside the UNet's own.
+        averaged: Whether there are averaged weights (EMA) of the UNet.
+        averages_alone: Whether the UNet has no others.
         missing: Tensors that should be there.
         unexpected: Tensors that nothing is known of.
         problems: Why it cannot be loaded.
+        notes: What else a user should know.
         metadata: What the file says of itself, such as ``modelspec.title`` or ``global_step``.
         sha256: Of the file, or over those of a folder; where it was asked for.
         short_hash: The first digits of it, as other tools show them.
@@ -77,9 +83,11 @@ class Inspection:
     image_size: tuple[int, int] | None = None
     parts: tuple[PartSummary, ...]
     averaged: bool = False
+    averages_alone: bool = False
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     metadata: Mapping[str, str]
     sha256: str | None = None
     short_hash: str | None = None
@@ -100,7 +108,7 @@ def inspect_model(
     """Say what a model is.
 
     Args:
-        path: A single file, or a folder that holds ``model_index.json`` or a run.
+        path: Whatever can be loaded: a single file, a folder with ``model_index.json``, a run.
         hashed: Whether to read all of it for its sha256.
         config: The YAML of a single file, in place of the one beside it.
         family: What a single file is, in place of a guess.
@@ -109,6 +117,7 @@ def inspect_model(
     Raises:
         CheckpointError: If it is missing, damaged, hostile, or no model that is known.
     """
+    path = resolve_model(path)
     if path.is_dir():
         told = {"config": config, "family": family, "prediction": prediction}
         if given := [name for name, value in told.items() if value is not None]:
@@ -116,30 +125,39 @@ def inspect_model(
                 f"{path}: a folder says itself what it is; {', '.join(given)} is for single files"
             )
         return _inspect_folder(path, hashed)
-    tensors = open_tensors(path)
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no named tensors")
+    tensors, alone = open_single_file(path)
     source = config or find_config(path)
     told = read_compvis_config(source) if source is not None else None
     found = recognise(tensors, told, family=family, prediction=prediction)
     sha256 = content_hash([path]) if hashed else None
+    disagreement = tell_disagreement(tensors, told) if prediction is None else None
     return Inspection(
         path=path,
-        layout=f"single file ({path.suffix.removeprefix('.')})",
+        layout=_form(path),
         family=found.family.name,
         family_reason=f"{found.family.description}; {found.family_reason}",
         prediction=found.prediction,
         prediction_reason=found.prediction_reason,
         image_size=found.image_size,
         parts=tuple(_parts_of_file(tensors, found)),
-        averaged=found.has_ema,
+        averaged=found.has_ema or alone,
+        averages_alone=alone,
         missing=found.missing,
         unexpected=found.unexpected,
         problems=found.problems,
+        notes=(disagreement,) if disagreement else (),
         metadata=_metadata(tensors),
         sha256=sha256,
         short_hash=sha256[:SHORT] if sha256 else None,
     )
+
+
+def _form(path: Path) -> str:
+    """The layout of a single file, and its form where its name says another."""
+    suffix, form = path.suffix.removeprefix("."), form_of(path)
+    if (suffix == "safetensors") == (form == "safetensors"):
+        return f"single file ({suffix})"
+    return f"single file ({form}, though it is named .{suffix})"
 
 
 def _parts_of_file(tensors: Tensors, found: Recognised) -> list[PartSummary]:
@@ -186,35 +204,34 @@ def _metadata(tensors: Tensors) -> dict[str, str]:
 
 
 def _inspect_folder(folder: Path, hashed: bool) -> Inspection:
-    if not (folder / INDEX).is_file() and (folder / "model" / INDEX).is_file():
-        folder = folder / "model"
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder}: no model here: expected {INDEX} in it or in its model/")
     index = read_json(folder / INDEX)
     name = str(index.get("_class_name"))
+    report = check_folder(folder, index)
     parts: list[PartSummary] = []
     files = [folder / INDEX]
     for part, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if not isinstance(kind, str) or Path(part).name != part or not (folder / part).is_dir():
             continue
-        found = _weights(folder / part)
-        files += [*found, *sorted((folder / part).glob("*.json"))]
-        tensors = open_tensors(found[0]) if found else None
-        infos = tensors.values() if tensors is not None else ()
-        parts.append(_summary(part, kind, infos, found))
-    prediction, reason, size = _of_scheduler(folder, index, parts)
+        # a conditioner of two parts has a sub-folder for each
+        found = [file for place in ("", *PARTS) for file in _weights(folder / part / place)]
+        files += [*found, *sorted((folder / part).rglob("*.json"))]
+        parts.append(_summary(part, kind, _infos(found), found))
+    schedule = report.schedule
     sha256 = content_hash(files) if hashed else None
-    ours = name == "LatentDiffusion"
     return Inspection(
         path=folder,
-        layout="Mezzotint folder" if ours else "diffusers folder",
+        layout="Mezzotint folder" if name == CLASS else "diffusers folder",
         family=name,
         family_reason=f"{INDEX} says so",
-        prediction=prediction,
-        prediction_reason=reason,
-        image_size=size,
+        prediction=schedule.prediction_type if schedule else None,
+        prediction_reason=f"scheduler/{FILE} says so" if schedule else None,
+        image_size=report.image_size,
         parts=tuple(parts),
+        missing=tuple(report.missing),
+        unexpected=tuple(report.unexpected),
+        problems=tuple(report.problems),
+        notes=tuple(report.notes),
         metadata={"diffusers": str(index["_diffusers_version"])}
         if "_diffusers_version" in index
         else {},
@@ -233,18 +250,14 @@ def _weights(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _of_scheduler(
-    folder: Path, index: Mapping[str, Any], parts: Iterable[PartSummary]
-) -> tuple[str | None, str | None, tuple[int, int] | None]:
-    """Prediction, what that rests on, and the size of the pictures if the folder tells it."""
-    size = None
-    match index.get("image_size"):
-        case [int(height), int(width)]:
-            size = height, width
-        case _:
-            pass
-    entry = index.get("scheduler")
-    if not isinstance(entry, list) or len(entry) != 2:
-        return None, None, size
-    told = read_scheduler(folder / "scheduler" / FILE, str(entry[1]))
-    return told.schedule.prediction_type, f"scheduler/{FILE} says so", size
+def _infos(files: Iterable[Path]) -> list[TensorInfo]:
+    """All tensors of files, but for those of damaged ones, which are told as problems."""
+    found: dict[tuple[Path, str], TensorInfo] = {}
+    for path in files:
+        try:
+            tensors = open_tensors(path)
+        except CheckpointError:
+            continue
+        # the index of a file in parts has the same tensors as the parts
+        found |= {(info.path, name): info for name, info in tensors.items()}
+    return [*found.values()]

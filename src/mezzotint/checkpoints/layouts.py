@@ -19,7 +19,7 @@ from mezzotint.checkpoints.unet_keys import (
     write_plain_unet,
 )
 from mezzotint.config import Config
-from mezzotint.errors import CheckpointError, ConfigError, nearest
+from mezzotint.errors import CheckpointError, ConfigError, nearest, short
 from mezzotint.models.autoencoder import (
     AutoencoderKL,
     AutoencoderKLConfig,
@@ -69,14 +69,15 @@ def layout_to_config(data: Mapping[str, Any], source: str) -> tuple[Layout, Any]
     """
     name = str(data.get("_class_name"))
     if name not in LAYOUTS:
-        raise CheckpointError(f"{source}: unknown _class_name {name!r}; {nearest(name, LAYOUTS)}")
+        raise CheckpointError(
+            f"{source}: unknown _class_name {short(name)}; {nearest(name, LAYOUTS)}"
+        )
     layout = LAYOUTS[name]
     keys = Keys(data)
-    fields = layout.read(keys)
+    fields, ours = layout.read(keys), keys.section(EXTRA)
     keys.check_rest(layout.neutral)
     if keys.problems:
         raise CheckpointError(f"{source}: this {name} cannot be read: {'; '.join(keys.problems)}")
-    ours: dict[str, Any] = data.get(EXTRA) or {}
     try:
         return layout, layout.config.from_dict(fields | ours, source)
     except ConfigError as error:
@@ -103,7 +104,7 @@ def _read_autoencoder(keys: Keys) -> dict[str, Any]:
     return {
         "in_channels": keys.take("in_channels", 3),
         "out_channels": keys.take("out_channels", 3),
-        "block_out_channels": keys.take("block_out_channels", [64]),
+        "block_out_channels": keys.counts("block_out_channels", [64]),
         "layers_per_block": keys.take("layers_per_block", 1),
         "attention_levels": attention if any(attention) else None,
         "mid_attention": keys.take("mid_block_add_attention", True),

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
 
 from mezzotint.diffusion.schedule import Spacing
 from mezzotint.latent_diffusion import LatentDiffusion
 
-__all__ = ["LoadedModel", "SamplingDefaults", "Weights", "content_hash", "file_sha256"]
+__all__ = ["LoadedModel", "SamplingDefaults", "Weights", "content_hash", "file_sha256", "listed"]
 
 Weights = Literal["auto", "ema", "raw"]
 """Which of two sets of weights: ``auto`` is the averaged one where there is one."""
@@ -40,6 +41,8 @@ class LoadedModel:
         defaults: What its files say of sampling.
         files: All that decides what it draws; none if its own state says it all.
         notes: Sentences that a user should read: what was guessed, what was left out.
+        left_out: Names of the tensors that were not read, and of what stood beside them, but for
+            what the notes name.
         read_as: What was said of it in place of a guess: ``family``, ``prediction``, ``weights``,
             ``config``.
     """
@@ -48,6 +51,7 @@ class LoadedModel:
     defaults: SamplingDefaults = SamplingDefaults()
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    left_out: tuple[str, ...] = ()
     read_as: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def content_hash(self) -> str:
@@ -63,6 +67,32 @@ class LoadedModel:
         if not told:
             return found
         return hashlib.sha256(json.dumps([found, told], sort_keys=True).encode()).hexdigest()
+
+
+def listed(names: Iterable[str], most: int = 16) -> str:
+    """Return names for a sentence; more than so many that begin alike are counted.
+
+    Args:
+        names: With dots between their parts.
+        most: How many of one beginning are named one by one.
+
+    Example:
+        >>> listed(["alpha", "ema.0", "ema.1", "ema.2"], most=2)
+        'alpha, ema.… (3)'
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return ", ".join(
+        ", ".join(group) if len(group) <= most else f"{_beginning(group)}… ({len(group)})"
+        for group in groups.values()
+    )
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """The parts that all of them begin with."""
+    same = commonprefix(names)
+    return same[: same.rfind(".") + 1] or same
 
 
 def content_hash(files: Iterable[Path]) -> str:

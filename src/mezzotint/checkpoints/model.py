@@ -6,30 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mezzotint.checkpoints.conditioners import load_conditioner, save_conditioner
 from mezzotint.checkpoints.folder import (
+    CONFIG,
     load_component,
     read_component_config,
     read_json,
     save_component,
     write_json,
 )
+from mezzotint.checkpoints.keys import Keys
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
-from mezzotint.errors import CheckpointError
+from mezzotint.errors import CheckpointError, ConfigError, short
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from mezzotint.models.unet import UNet
+from mezzotint.storage.safetensors_file import narrowed
 
 __all__ = [
     "CLASS",
+    "as_first_stage",
+    "as_unet",
     "folded",
     "load_first_stage",
     "load_model",
     "load_unet",
+    "read_defaults",
+    "read_index",
     "read_model",
+    "read_normalization",
+    "require_range",
     "sample_size",
     "save_first_stage",
     "save_model",
@@ -78,6 +88,15 @@ def save_model(
     write_json(folder / INDEX, index)
 
 
+def require_range(model: LatentDiffusion, dtype: torch.dtype | None) -> None:
+    """Raise a CheckpointError that names a weight if one is beyond a type; None holds them all."""
+    if dtype is None:
+        return
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            narrowed(name, tensor.detach().cpu(), dtype)
+
+
 def sample_size(model: LatentDiffusion) -> tuple[int, int]:
     """Return height and width of the latents that a model was trained at."""
     height, width = model.image_size
@@ -100,34 +119,51 @@ def read_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> Loade
     Raises:
         CheckpointError: If a part is missing, damaged, or written by a newer Mezzotint.
     """
-    index = read_json(folder / INDEX)
-    if index.get("_class_name") != CLASS:
-        raise CheckpointError(
-            f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}, expected {CLASS!r}"
-        )
-    if index.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / INDEX}: format_version is {index.get('format_version')!r}; this Mezzotint"
-            f" reads {FORMAT_VERSION}"
-        )
-    match index.get("image_size"):
-        case [int(height), int(width)]:
-            pass
-        case other:
-            raise CheckpointError(
-                f"{folder / INDEX}: image_size is {other!r}; expected [height, width]"
-            )
+    index, size = read_index(folder)
     first_stage, normalization = load_first_stage(folder / "vae", dtype)
     unet = load_unet(folder / "unet", dtype)
     schedule = read_scheduler(folder / "scheduler" / FILE).schedule
     conditioner = load_conditioner(folder / "conditioner", dtype)
-    model = LatentDiffusion(
-        first_stage, unet, conditioner, schedule, normalization, (height, width)
-    )
-    return LoadedModel(model=model, defaults=_defaults(index, folder / INDEX))
+    try:
+        model = LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, size)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    return LoadedModel(model=model, defaults=read_defaults(index, folder / INDEX))
 
 
-def _defaults(index: Mapping[str, Any], path: Path) -> SamplingDefaults:
+def read_index(folder: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Read the index of a model's folder, and from it the height and width of its images.
+
+    Raises:
+        CheckpointError: If it is missing, of another kind, or written by a newer Mezzotint.
+    """
+    index = read_json(folder / INDEX)
+    if (name := index.get("_class_name")) != CLASS:
+        raise CheckpointError(f"{folder / INDEX}: _class_name is {short(name)}, expected {CLASS!r}")
+    if (version := index.get("format_version")) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / INDEX}: format_version is {short(version)}; this Mezzotint reads"
+            f" {FORMAT_VERSION}"
+        )
+    match index.get("image_size"):
+        case [int(height), int(width)] if min(height, width) > 0 and max(height, width) <= 1 << 16:
+            return index, (height, width)
+        case other:
+            raise CheckpointError(
+                f"{folder / INDEX}: image_size is {short(other)}; expected [height, width]"
+            )
+
+
+def read_defaults(index: Mapping[str, Any], path: Path) -> SamplingDefaults:
+    """Read from the index of a model's folder how it is sampled where a request does not say.
+
+    Args:
+        index: Its content.
+        path: What messages call it.
+
+    Raises:
+        CheckpointError: If it says what is not known.
+    """
     try:
         return SamplingDefaults(**index.get("sampling", {}))
     except TypeError as error:
@@ -140,10 +176,18 @@ def load_unet(folder: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
     Raises:
         CheckpointError: If it is missing or damaged, or is another kind of component.
     """
-    unet = load_component(folder, dtype)
-    if not isinstance(unet, UNet):
-        raise CheckpointError(f"{folder}: holds a {type(unet).__name__}, not a UNet")
-    return unet
+    return as_unet(load_component(folder, dtype), folder)
+
+
+def as_unet(module: nn.Module, folder: Path) -> UNet:
+    """Return a component that must be a UNet.
+
+    Raises:
+        CheckpointError: If it is another kind of component.
+    """
+    if not isinstance(module, UNet):
+        raise CheckpointError(f"{folder}: holds a {type(module).__name__}, not a UNet")
+    return module
 
 
 def save_first_stage(
@@ -214,13 +258,40 @@ def load_first_stage(
     Raises:
         CheckpointError: If it is missing or damaged, or is another kind of component.
     """
-    module = load_component(folder, dtype)
+    first_stage = as_first_stage(load_component(folder, dtype), folder)
+    return first_stage, read_normalization(folder, scale_factor)
+
+
+def as_first_stage(module: nn.Module, folder: Path) -> FirstStage:
+    """Return a component that must be a first stage.
+
+    Raises:
+        CheckpointError: If it is another kind of component.
+    """
     if not isinstance(module, AutoencoderKL | VQModel | IdentityFirstStage):
         raise CheckpointError(f"{folder}: holds a {type(module).__name__}, not a first stage")
-    config = read_component_config(folder)
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        return module, LatentNormalization(torch.tensor(mean), torch.tensor(std))
-    return module, LatentNormalization.from_scale_factor(
-        config.get("scaling_factor") or scale_factor
-    )
+    return module
+
+
+def read_normalization(folder: Path, scale_factor: float = 1.0) -> LatentNormalization:
+    """Read the statistics of a first stage's latents.
+
+    Args:
+        folder: Of the component.
+        scale_factor: Where the folder says none.
+
+    Raises:
+        CheckpointError: If they are not numbers.
+    """
+    keys = Keys(read_component_config(folder))
+    mean, std = keys.numbers("latents_mean"), keys.numbers("latents_std")
+    if mean and std and (len(mean) != len(std) or min(std) <= 0):
+        keys.problem("latents_std", std, "as many numbers above 0 as latents_mean has")
+    scale = keys.take("scaling_factor", scale_factor)
+    keys.require(folder / CONFIG)
+    if mean and std:
+        return LatentNormalization(torch.tensor(mean), torch.tensor(std))
+    try:
+        return LatentNormalization.from_scale_factor(scale_factor if scale is None else scale)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None

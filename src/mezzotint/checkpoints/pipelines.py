@@ -4,10 +4,10 @@ A pipeline's class is looked up in a closed table, and never imported. It says w
 there are, what conditions the network, and what its own software does that the files do not say.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,21 +20,29 @@ from mezzotint.checkpoints.folder import (
     weight_files,
     write_json,
 )
-from mezzotint.checkpoints.layouts import config_to_layout
+from mezzotint.checkpoints.layouts import LAYOUTS, config_to_layout
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.model import (
     load_first_stage,
     load_unet,
+    require_range,
     sample_size,
     save_first_stage,
     save_model,
 )
+from mezzotint.checkpoints.pipeline_table import (
+    PIPELINES,
+    PipelineLayout,
+    class_of,
+    find_pipeline,
+    unused_components,
+)
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
 from mezzotint.checkpoints.text_encoders import (
-    BERT_CLASSES,
-    CLIP_CLASSES,
+    clip_name,
     encoder_files,
+    encoder_weights,
     read_bert,
     read_clip,
     write_bert,
@@ -51,73 +59,23 @@ from mezzotint.conditioning.spatial import (
     LowResConditioner,
     LowResConditionerConfig,
 )
-from mezzotint.errors import CheckpointError, ConfigError, nearest
+from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
-from mezzotint.models.unet import UNet
+from mezzotint.models.unet import UNet, UNetConfig
+from mezzotint.storage.tensors import open_tensors
 
-__all__ = ["PIPELINES", "PipelineLayout", "load_pipeline", "save_pipeline"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineLayout:
-    """One class that a ``model_index.json`` may name.
-
-    Attributes:
-        first_stage: The component that holds it.
-        condition: What the network is told.
-        encoder: The component that holds the text encoder.
-        encoder_library: Whose class it is.
-        encoder_classes: What it may be.
-        standard: Whether its software repairs the scheduler's configuration; see `read_scheduler`.
-        scaled: Whether it scales the network's input; see `write_scheduler`.
-        sampler: What draws for it if its scheduler does not say.
-        guidance_scale: What its software takes where nothing is said.
-    """
-
-    first_stage: Literal["vae", "vqvae"]
-    condition: Literal["clip", "bert", "low_res"] | None
-    encoder: str | None = None
-    encoder_library: str | None = None
-    encoder_classes: tuple[str, ...] = ()
-    standard: bool = False
-    scaled: bool = True
-    sampler: str | None = None
-    guidance_scale: float | None = None
+__all__ = [
+    "channels_beside",
+    "check_width",
+    "default_scale",
+    "load_pipeline",
+    "save_pipeline",
+    "trained_size",
+]
 
 
-_STABLE = PipelineLayout(
-    first_stage="vae",
-    condition="clip",
-    encoder="text_encoder",
-    encoder_library="transformers",
-    encoder_classes=CLIP_CLASSES,
-    standard=True,
-    guidance_scale=7.5,
-)
-_CONSISTENCY = replace(_STABLE, standard=False, sampler="lcm", guidance_scale=8.5)
-PIPELINES: Mapping[str, PipelineLayout] = {
-    "StableDiffusionPipeline": _STABLE,
-    "StableDiffusionImg2ImgPipeline": _STABLE,
-    "StableDiffusionInpaintPipeline": _STABLE,
-    "StableDiffusionInpaintPipelineLegacy": _STABLE,
-    "LatentConsistencyModelPipeline": _CONSISTENCY,
-    "LatentConsistencyModelImg2ImgPipeline": _CONSISTENCY,
-    "LDMTextToImagePipeline": PipelineLayout(
-        first_stage="vqvae",
-        condition="bert",
-        encoder="bert",
-        encoder_library="latent_diffusion",
-        encoder_classes=BERT_CLASSES,
-        scaled=False,
-        guidance_scale=5.0,
-    ),
-    "LDMPipeline": PipelineLayout(first_stage="vqvae", condition=None),
-    "LDMSuperResolutionPipeline": PipelineLayout(first_stage="vqvae", condition="low_res"),
-}
 _TOKENIZERS = {"text_encoder": "CLIPTokenizer", "bert": "BertTokenizer"}
-# of the class, for folders from before its configuration had the key
-_KL_SCALE = 0.18215
 _VERSION = "0.35.0"  # of the layout that is written
 _FIRST_SIZE = 64  # of Stable Diffusion's latents
 # what LDMTextToImagePipeline takes for granted
@@ -141,14 +99,10 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
         MissingExtraError: If it reads CLIP's text, and ``transformers`` is not installed.
     """
     index = read_json(folder / INDEX)
-    name = str(index.get("_class_name"))
-    if name not in PIPELINES:
-        near = nearest(name, PIPELINES)
-        raise CheckpointError(f"{folder / INDEX}: unknown pipeline {name!r}; {near}")
-    layout = PIPELINES[name]
-    scheduler_class = _component(index, "scheduler", folder)
-    _component(index, layout.first_stage, folder)
-    _component(index, "unet", folder)
+    layout = find_pipeline(index, folder)
+    scheduler_class = class_of(index, "scheduler", folder)
+    class_of(index, layout.first_stage, folder, [*LAYOUTS])
+    class_of(index, "unet", folder, [*LAYOUTS])
     scheduler = read_scheduler(
         folder / "scheduler" / FILE, scheduler_class, standard=layout.standard
     )
@@ -162,7 +116,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
             conditioner,
             scheduler.schedule,
             normalization,
-            _image_size(folder, layout, first_stage.factor),
+            trained_size(folder, layout, first_stage.factor),
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
@@ -171,31 +125,22 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
         model=model.eval(),
         defaults=replace(scheduler.defaults, sampler=sampler, guidance_scale=layout.guidance_scale),
         files=_files(folder, layout),
-        notes=(*scheduler.notes, *notes, *_left_out(index, layout)),
+        notes=(*scheduler.notes, *notes, *_not_used(index, layout)),
+        left_out=_left_out(folder, layout),
     )
 
 
-def _component(index: Mapping[str, Any], name: str, folder: Path) -> str:
-    """The class of a component that there must be."""
-    match index.get(name):
-        case [_, str(kind)]:
-            return kind
-        case other:
-            raise CheckpointError(
-                f"{folder / INDEX}: {name} is {other!r}; expected [library, class]"
-            )
+def _not_used(index: Mapping[str, Any], layout: PipelineLayout) -> Iterator[str]:
+    if others := unused_components(index, layout):
+        yield f"{', '.join(others)}: named in {INDEX}, but not used by Mezzotint"
 
 
-def _left_out(index: Mapping[str, Any], layout: PipelineLayout) -> tuple[str, ...]:
-    used = {layout.first_stage, "unet", "scheduler", "tokenizer", layout.encoder}
-    others = [
-        name
-        for name, value in index.items()
-        if name not in used and isinstance(value, list) and value and value[0] is not None
-    ]
-    if not others:
+def _left_out(folder: Path, layout: PipelineLayout) -> tuple[str, ...]:
+    """The tensors of text encoders that no picture depends on."""
+    if layout.condition != "clip" or layout.encoder is None:
         return ()
-    return (f"{', '.join(others)}: in the folder, but not used by Mezzotint",)
+    stored = open_tensors(encoder_weights(folder / layout.encoder))
+    return tuple(f"{layout.encoder}/{name}" for name in stored if clip_name(name) is None)
 
 
 def _read_first_stage(
@@ -210,13 +155,20 @@ def _read_first_stage(
             f"{layout.first_stage}: says no scaling_factor; taken for 1, as the original model's"
             " is (diffusers takes 0.18215)"
         )
-    first_stage, normalization = load_first_stage(
-        path, dtype, scale_factor=1.0 if quantised else _KL_SCALE
-    )
+    scale = default_scale(quantised=quantised)
+    first_stage, normalization = load_first_stage(path, dtype, scale_factor=scale)
     if layout.condition == "low_res":
         # this pipeline decodes latents as they are
         normalization = LatentNormalization.from_scale_factor(1.0)
     return first_stage, normalization, notes
+
+
+def default_scale(*, quantised: bool) -> float:
+    """Return the scale of latents that a pipeline takes where its folder says none.
+
+    It is that of the class: older configurations have no key for it.
+    """
+    return 1.0 if quantised else 0.18215
 
 
 def _read_conditioner(
@@ -228,41 +180,67 @@ def _read_conditioner(
     dtype: torch.dtype | None,
 ) -> Conditioner:
     channels = first_stage.latent_channels
-    beside = unet.config.in_channels - channels
-    expected = {"low_res": (channels,), "clip": (0, channels + 1)}.get(layout.condition or "", (0,))
-    if beside not in expected:
-        choices = " or ".join(str(channels + more) for more in expected)
-        raise CheckpointError(
-            f"{folder / 'unet' / CONFIG}: in_channels is {unet.config.in_channels}; expected"
-            f" {choices}, as latents have {channels}"
-        )
+    beside = channels_beside(folder, layout, unet.config, channels)
     if layout.condition == "low_res":
         return LowResConditioner(LowResConditionerConfig(channels=beside))
     if layout.encoder is None:
         return Unconditional()
-    kind = _component(index, layout.encoder, folder)
-    if kind not in layout.encoder_classes:
-        raise CheckpointError(
-            f"{folder / INDEX}: {layout.encoder} is {kind!r}; expected"
-            f" {' or '.join(layout.encoder_classes)}"
-        )
-    _component(index, "tokenizer", folder)
+    class_of(index, layout.encoder, folder, layout.encoder_classes)
+    class_of(index, "tokenizer", folder)
     read = read_clip if layout.condition == "clip" else read_bert
     conditioner = read(folder / layout.encoder, folder / "tokenizer", dtype)
     clip = isinstance(conditioner, ClipConditioner)
     width = conditioner.config.hidden_size if clip else conditioner.config.width
-    if width != unet.config.cross_attention_dim:
-        raise CheckpointError(
-            f"{folder / 'unet' / CONFIG}: cross_attention_dim is"
-            f" {unet.config.cross_attention_dim}, but the text encoder is {width} wide"
-        )
+    check_width(folder, unet.config, width)
     if beside == 0:
         return conditioner
     spatial = InpaintingConditioner(InpaintingConditionerConfig(latent_channels=channels))
     return HybridConditioner(conditioner, spatial)
 
 
-def _image_size(folder: Path, layout: PipelineLayout, factor: int) -> tuple[int, int]:
+def channels_beside(folder: Path, layout: PipelineLayout, unet: UNetConfig, latents: int) -> int:
+    """Return how many channels a UNet takes beside the latents.
+
+    Args:
+        folder: Of the pipeline.
+        layout: What it is.
+        unet: What its UNet is.
+        latents: Channels of its latents.
+
+    Raises:
+        CheckpointError: If nothing is known that would fill them.
+    """
+    beside = unet.in_channels - latents
+    expected = {"low_res": (latents,), "clip": (0, latents + 1)}.get(layout.condition or "", (0,))
+    if beside not in expected:
+        choices = " or ".join(str(latents + more) for more in expected)
+        raise CheckpointError(
+            f"{folder / 'unet' / CONFIG}: in_channels is {unet.in_channels}; expected"
+            f" {choices}, as latents have {latents}"
+        )
+    return beside
+
+
+def check_width(folder: Path, unet: UNetConfig, width: int) -> None:
+    """Raise a CheckpointError if a UNet attends to tokens of another width than the encoder's."""
+    if width != unet.cross_attention_dim:
+        raise CheckpointError(
+            f"{folder / 'unet' / CONFIG}: cross_attention_dim is"
+            f" {unet.cross_attention_dim}, but the text encoder is {width} wide"
+        )
+
+
+def trained_size(folder: Path, layout: PipelineLayout, factor: int) -> tuple[int, int]:
+    """Return height and width in pixels that a pipeline's UNet was trained at.
+
+    Args:
+        folder: Of the pipeline.
+        layout: What it is.
+        factor: f of its first stage.
+
+    Raises:
+        CheckpointError: If it does not say.
+    """
     path = folder / "unet"
     config = read_component_config(path)
     match config.get("sample_size"):
@@ -316,8 +294,9 @@ def save_pipeline(
         Sentences on what the layout cannot hold.
 
     Raises:
-        CheckpointError: If it cannot be written.
+        CheckpointError: If it cannot be written, or ``dtype`` cannot hold a weight.
     """
+    require_range(model, dtype)
     name = _pipeline_of(model.conditioner, model.unet)
     reason = "there is no pipeline for its condition" if name is None else _misfit(model, name)
     if name is None or reason is not None:

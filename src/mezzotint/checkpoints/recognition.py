@@ -14,13 +14,14 @@ import torch
 
 from mezzotint.checkpoints.compvis import HeadOrder, TensorMap, first_stage_map, unet_map
 from mezzotint.checkpoints.compvis_config import CompvisConfig
+from mezzotint.checkpoints.compvis_shapes import contradictions
 from mezzotint.checkpoints.compvis_text import CONFIGS, conditioner_map
 from mezzotint.checkpoints.families import Family
 from mezzotint.checkpoints.sketch import PREFIXES, Parts, Sketch, note_size, overlay, sketch, split
 from mezzotint.checkpoints.telling import tell_family, tell_prediction, tell_size
 from mezzotint.config import Config
 from mezzotint.diffusion.schedule import PredictionType, ScheduleConfig
-from mezzotint.errors import CheckpointError, ConfigError
+from mezzotint.errors import CheckpointError, ConfigError, short
 from mezzotint.latent_diffusion import FirstStage
 from mezzotint.models.autoencoder import (
     AutoencoderKL,
@@ -38,6 +39,7 @@ __all__ = ["EMA", "FirstStageConfig", "Recognised", "build_first_stage", "recogn
 FirstStageConfig = AutoencoderKLConfig | VQModelConfig | IdentityFirstStageConfig
 
 EMA = "model_ema."
+_LONGEST = 1 << 16  # pixels of a side
 _FIRST_STAGES: Mapping[str, type[Config]] = {
     "kl": AutoencoderKLConfig,
     "vq": VQModelConfig,
@@ -135,10 +137,13 @@ def recognise(
     predicted, prediction_reason = tell_prediction(tensors, found, config, prediction)
     fields = _fields(tensors, parts, found, config, predicted)
     configs, problems = _configs(fields)
+    clashes = _clashes(configs, parts)
     order: HeadOrder = config.head_order if config else "legacy"
-    maps = _maps(configs, found, order, parts)
+    built = {name: c for name, c in configs.items() if name not in clashes}
+    maps = _maps(built, found, order, parts)
     missing, unexpected, wrong = _compare(tensors, parts, maps, found)
-    problems = [*_absent(parts, found, fields), *_disagreements(configs, parts), *problems]
+    problems = [*_absent(parts, found, fields), *_disagreements(configs), *problems]
+    problems += [told for sentences in clashes.values() for told in sentences]
     problems += [
         f"{what} {_some(names)}"
         for what, names in (
@@ -148,10 +153,13 @@ def recognise(
         )
         if names
     ]
-    published = found.settings(fields["first_stage"]).scale_factor
+    published = found.settings(fields["first_stage"]).scale_factor if config is None else None
     scale = config.scale_factor if config else published
-    if scale is not None and not 0 < scale < math.inf:
-        problems.append(f"scale_factor is {scale}, expected above 0")
+    if scale is None and "scale_factor" not in tensors:
+        problems.append(
+            "its YAML says scale_by_std, but it holds no tensor scale_factor; say the number as"
+            " scale_factor in model.params of the YAML"
+        )
     height, width = fields["image_size"]
     return Recognised(
         paths=tensors.paths,
@@ -165,7 +173,7 @@ def recognise(
         main=configs.get("main"),
         spatial=configs.get("spatial"),
         schedule=cast(ScheduleConfig | None, configs.get("schedule")),
-        scale_factor=None if "scale_factor" in tensors else 1.0 if scale is None else scale,
+        scale_factor=None if "scale_factor" in tensors else scale,
         image_size=(height, width),
         parameters={
             part: sum(math.prod(shape) for shape in shapes.values())
@@ -210,13 +218,34 @@ def _fields(
     if "ztsnr" in tensors:
         schedule["zero_terminal_snr"] = True
     fields["schedule"] = schedule
+    source = f"{tensors.paths[0]}: by its metadata, image_size"
     if config is not None:
-        fields = overlay(fields, config.own, f"{config.path}: mezzotint")
+        source = f"{config.path}: image_size"
+        fields = _overlaid(fields, config)
         # what the user says comes before what stands in any file
         fields["schedule"]["prediction_type"] = prediction
     if prediction == "epsilon":
         fields["schedule"].pop("zero_terminal_snr", None)
-    return fields
+    match fields["image_size"]:
+        case [int(height), int(width)] if 0 < min(height, width) <= max(height, width) <= _LONGEST:
+            return fields
+        case size:
+            raise CheckpointError(
+                f"{source} is {short(size)}, expected height and width, each 1 to {_LONGEST:,}"
+            )
+
+
+def _overlaid(fields: Sketch, config: CompvisConfig) -> Sketch:
+    """A sketch with what Mezzotint wrote over it, which tells no part to be of another kind."""
+    source = f"{config.path}: mezzotint"
+    found = overlay(fields, config.own, source)
+    for section in ("first_stage", "main", "spatial"):
+        kind, told = ((side[section] or {}).get("kind") for side in (fields, found))
+        if told != kind:
+            raise CheckpointError(
+                f"{source}.{section}.kind is {short(told)}, expected {kind!r}, as the model is of"
+            )
+    return found
 
 
 def _configs(fields: Sketch) -> tuple[dict[str, Config], list[str]]:
@@ -267,7 +296,19 @@ def _absent(parts: Parts, family: Family, fields: Sketch) -> Iterator[str]:
         yield "it has no conditioner (cond_stage_model.…), so that it cannot be told anything"
 
 
-def _disagreements(configs: Mapping[str, Config], parts: Parts) -> Iterator[str]:
+def _clashes(configs: Mapping[str, Config], parts: Parts) -> dict[str, list[str]]:
+    """By section, sentences on configurations that are not of the size of the tensors."""
+    found: dict[str, list[str]] = {}
+    for section in ("unet", "first_stage"):
+        config = configs.get(section)
+        if config is None or not parts[section] or isinstance(config, IdentityFirstStageConfig):
+            continue
+        if sentences := contradictions(section, config, parts[section]):
+            found[section] = sentences
+    return found
+
+
+def _disagreements(configs: Mapping[str, Config]) -> Iterator[str]:
     """Sentences on parts that do not go together, as where a wrong family was asked for."""
     unet, stage = configs.get("unet"), configs.get("first_stage")
     if not isinstance(unet, UNetConfig) or not isinstance(stage, FirstStageConfig):

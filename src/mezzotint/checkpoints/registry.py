@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from mezzotint.errors import CheckpointError, nearest
+from mezzotint.storage.tensors import PICKLES
 
 __all__ = ["INDEX", "SINGLE_FILES", "resolve_model"]
 
 INDEX = "model_index.json"
-SINGLE_FILES = (".safetensors", ".ckpt")
+SINGLE_FILES = (".safetensors", *PICKLES)
+
+_STEMS_OF_ADAPTERS = ("pytorch_lora_weights", "learned_embeds")
+# what the folders of PEFT and of diffusers hold, and those of textual inversion
+_OF_ADAPTERS = (
+    "adapter_config.json",
+    *(f"{stem}{suffix}" for stem in _STEMS_OF_ADAPTERS for suffix in (".safetensors", ".bin")),
+)
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -53,6 +61,8 @@ def _instead(path: Path) -> str:
     if (path / "checkpoints").is_dir():
         return "this run is not finished; go on with mezzotint train … --resume"
     files = sorted(p.name for p in path.iterdir() if p.suffix in SINGLE_FILES and p.is_file())
+    if any((path / name).is_file() for name in _OF_ADAPTERS):
+        return "this is an adapter and no model; give it with --adapter beside a model"
     if (path / "config.json").is_file():
         parent = f"; the model is {path.parent}" if (path.parent / INDEX).is_file() else ""
         return f"this is one component of a model{parent}"

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from mezzotint.checkpoints.folder import read_json
+from mezzotint.checkpoints.keys import fits, like
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.diffusion.names import DIFFUSERS
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.diffusion.schedule import ScheduleConfig, Spacing
-from mezzotint.errors import CheckpointError, ConfigError, nearest
+from mezzotint.errors import CheckpointError, ConfigError, nearest, short
 
 __all__ = ["CLASSES", "FILE", "INERT", "FoundScheduler", "read_scheduler", "write_scheduler"]
 
@@ -27,6 +28,8 @@ _BETA_SCHEDULES = {
     "scaled_linear": "scaled_linear",
     "squaredcos_cap_v2": "cosine",
 }
+_SPACINGS = ("leading", "trailing", "linspace")
+_MOST = 8  # unknown keys that a message names
 _LDM_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _EVERY: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -205,8 +208,8 @@ def read_scheduler(
     data = read_json(path)
     name = name or str(data.get("_class_name"))
     if name not in CLASSES:
-        raise CheckpointError(f"{path}: unknown scheduler {name!r}; {nearest(name, CLASSES)}")
-    unset = cast(list[str], data.get("_use_default_values") or [])
+        raise CheckpointError(f"{path}: unknown scheduler {short(name)}; {nearest(name, CLASSES)}")
+    unset = _unset(data, path)
     given = {key: value for key, value in data.items() if key not in unset}
     values = {key: given.get(key, default) for key, default in CLASSES[name].items()}
     if standard:
@@ -230,30 +233,49 @@ def read_scheduler(
     return FoundScheduler(schedule=found, defaults=defaults, notes=notes)
 
 
+def _unset(data: Mapping[str, Any], path: Path) -> set[str]:
+    """The keys whose values stand there only because they are a class's defaults."""
+    names = data.get("_use_default_values") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in cast(list[Any], names)):
+        raise CheckpointError(f"{path}: _use_default_values is {short(names)}, expected keys")
+    return set(cast(list[str], names))
+
+
 def _problems(values: Mapping[str, Any], given: Mapping[str, Any], name: str) -> list[str]:
-    problems: list[str] = []
+    defaults = CLASSES[name]
+    problems = [
+        f"{key} is {short(value)}, expected {like(defaults[key])}"
+        for key, value in values.items()
+        if key in defaults and not fits(value, defaults[key])
+    ]
+    if problems:
+        return problems  # nothing else can be said of such values
     for key, allowed in _REFUSED.items():
         if key in values and values[key] not in allowed:
             absent = "" if key in given else f", the default of {name}"
             problems.append(
-                f"{key} is {values[key]!r}{absent}, expected {allowed[0]!r} (Mezzotint has no such"
-                " option)"
+                f"{key} is {short(values[key])}{absent}, expected {allowed[0]!r} (Mezzotint has no"
+                " such option)"
             )
-    if values["beta_schedule"] not in _BETA_SCHEDULES:
-        names = nearest(str(values["beta_schedule"]), _BETA_SCHEDULES)
-        problems.append(f"unknown beta_schedule {values['beta_schedule']!r}; {names}")
-    problems += [
-        f"unknown key {key!r}; {nearest(key, values)}"
+    for key, choices in (("beta_schedule", _BETA_SCHEDULES), ("timestep_spacing", _SPACINGS)):
+        if values[key] not in choices:
+            near = nearest(str(values[key]), choices)
+            problems.append(f"unknown {key} {short(values[key])}; {near}")
+    unknown = [
+        key
         for key, value in given.items()
         if key not in _KNOWN and not key.startswith("_") and value not in (None, False)
     ]
+    problems += [f"unknown key {short(key)}; {nearest(key, values)}" for key in unknown[:_MOST]]
+    if (more := len(unknown) - _MOST) > 0:
+        problems.append(f"and {more} more unknown keys")
     return problems
 
 
 def _sampling(name: str, values: Mapping[str, Any]) -> tuple[SamplingDefaults, tuple[str, ...]]:
     """What a request takes where it says nothing, and what of the file is not followed."""
     others = [
-        f"{key} {values[key]!r}"
+        f"{key} {short(values[key])}"
         for key, allowed in _FOLLOWED.items()
         if key in values and values[key] not in allowed
     ]

@@ -5,62 +5,49 @@ of PyTorch Lightning, where averaged weights may lie beside the UNet's own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import yaml
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mezzotint.checkpoints.averages import average_of, takes_averages, with_averages_alone
 from mezzotint.checkpoints.compvis import Rule, TensorMap
 from mezzotint.checkpoints.compvis_config import CompvisConfig, read_compvis_config
 from mezzotint.checkpoints.compvis_write import Described, describe
+from mezzotint.checkpoints.conditioners import build_conditioner, published_tokenizer
+from mezzotint.checkpoints.embeddings import is_embedding
+from mezzotint.checkpoints.families import Family
 from mezzotint.checkpoints.folder import (
     fill_unsaved_buffers,
     load_state_strictly,
     whole_or_not,
     write_atomically,
 )
-from mezzotint.checkpoints.loaded import LoadedModel, Weights
-from mezzotint.checkpoints.model import folded
-from mezzotint.checkpoints.recognition import EMA, Recognised, build_first_stage, recognise
+from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights, listed
+from mezzotint.checkpoints.model import folded, require_range
+from mezzotint.checkpoints.recognition import Recognised, build_first_stage, recognise
+from mezzotint.checkpoints.registry import SINGLE_FILES
 from mezzotint.checkpoints.sketch import PREFIXES
+from mezzotint.checkpoints.telling import tell_disagreement
 from mezzotint.conditioning.base import Conditioner, Unconditional
-from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
-from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
-from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
-from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
-from mezzotint.conditioning.spatial import (
-    HybridConditioner,
-    InpaintingConditioner,
-    InpaintingConditionerConfig,
-    LowResConditioner,
-    LowResConditionerConfig,
-    SemanticMapConditioner,
-    SemanticMapConditionerConfig,
-)
-from mezzotint.conditioning.vocabularies import bert_tokenizer, clip_tokenizer
-from mezzotint.config import Config
+from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL
 from mezzotint.models.unet import UNet
-from mezzotint.storage.safetensors_file import Entry, write_safetensors
+from mezzotint.storage.safetensors_file import Entry, narrowed, write_safetensors
 from mezzotint.storage.tensors import Tensors, open_tensors
 
-__all__ = ["find_config", "load_single_file", "save_single_file"]
+__all__ = ["find_config", "load_single_file", "open_single_file", "save_single_file"]
 
-_CONDITIONERS: Mapping[type[Config], Callable[[Any], Conditioner]] = {
-    ClipConditionerConfig: lambda config: ClipConditioner(config, clip_tokenizer()),
-    BertTextConditionerConfig: lambda config: BertTextConditioner(config, bert_tokenizer()),
-    LayoutConditionerConfig: LayoutConditioner,
-    ClassConditionerConfig: ClassConditioner,
-    SemanticMapConditionerConfig: SemanticMapConditioner,
-    LowResConditionerConfig: LowResConditioner,
-    InpaintingConditionerConfig: InpaintingConditioner,
-}
+# what is said again of the model that is read: prediction, scale, size
+_MARKERS = {"scale_factor", "v_pred", "ztsnr"}
+_METADATA = {"format", "modelspec.prediction_type", "modelspec.resolution"}
+_MOST_EMBEDDING = 16 << 20  # bytes; those of a hundred vectors have less than one MB
 _SPEC_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
@@ -96,29 +83,61 @@ def load_single_file(
             or not all of a model is there; or averaged weights are asked for where there are none.
         MissingExtraError: If it needs a package that is not installed.
     """
-    tensors = open_tensors(path)
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no named tensors")
+    tensors, alone = open_single_file(path)
     source = config or find_config(path)
     told = read_compvis_config(source) if source is not None else None
     found = recognise(tensors, told, family=family, prediction=prediction)
     found.require_loadable()
-    averaged = _averaged(found, tensors, weights)
+    averaged = takes_averages(found, tensors, weights, alone=alone)
     try:
         model = _assemble(found, tensors, dtype, averaged)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    disagreement = tell_disagreement(tensors, told) if prediction is None else None
     decisive = source is not None and not _told_by_file(found, tensors, family, prediction)
     return LoadedModel(
         model=model.eval(),
         defaults=found.family.defaults,
         files=(path, source) if source is not None and decisive else (path,),
-        notes=tuple(_notes(found, told, averaged)),
+        notes=(
+            *_guesses(found, told),
+            *([disagreement] if disagreement else []),
+            *_choices(found, averaged, alone),
+        ),
+        left_out=tuple(_left_out(found, tensors, averaged)),
     )
 
 
+def open_single_file(path: Path) -> tuple[Tensors, bool]:
+    """Read the headers of a file that should be a whole model.
+
+    Args:
+        path: Of any form that `mezzotint.storage.tensors.open_tensors` knows.
+
+    Returns:
+        Its tensors; and whether the UNet's are averages alone, which then bear its names.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or hostile, or is an adapter.
+    """
+    small = path.is_file() and path.stat().st_size <= _MOST_EMBEDDING
+    if small and path.suffix in SINGLE_FILES and is_embedding(path):
+        raise CheckpointError(
+            f"{path}: is an embedding of textual inversion and no model; give it with --adapter"
+            " beside a model"
+        )
+    tensors = open_tensors(path)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no named tensors")
+    return with_averages_alone(tensors)
+
+
 def save_single_file(
-    model: LatentDiffusion, path: Path, *, dtype: torch.dtype | None = None
+    model: LatentDiffusion,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    defaults: SamplingDefaults | None = None,
 ) -> list[str]:
     """Write a model as a single file, and the YAML of its name beside it.
 
@@ -126,12 +145,14 @@ def save_single_file(
         model: Of a family of `mezzotint.checkpoints.families.FAMILIES`, at any width.
         path: ``.safetensors`` or ``.ckpt``; written whole or not at all.
         dtype: Of the floating-point weights; None keeps each as it is.
+        defaults: How it is sampled where a request does not say.
 
     Returns:
         Sentences on what the layout could not hold.
 
     Raises:
-        CheckpointError: If the layout has no place for the model, or it cannot be written.
+        CheckpointError: If the layout has no place for the model, it cannot be written, or
+            ``dtype`` cannot hold a weight.
     """
     if path.suffix not in (".safetensors", ".ckpt"):
         raise CheckpointError(f"{path}: a single file is named *.safetensors or *.ckpt")
@@ -142,6 +163,7 @@ def save_single_file(
     beside = path.with_suffix(".yaml")
     described = describe(model, _scale_factor(model), beside)
     entries = [*_entries(described, dtype), *_markers(model, described)]
+    require_range(model, dtype)
     height, width = model.image_size
     metadata = {
         "format": "pt",
@@ -152,10 +174,12 @@ def save_single_file(
         if path.suffix == ".safetensors":
             write_safetensors(temporary, entries, metadata)
         else:
-            state = {name: give().to(kind) for name, kind, _, give in entries}
+            state = {name: narrowed(name, give(), kind) for name, kind, _, give in entries}
             torch.save({"state_dict": state, "global_step": 0}, temporary)
     text = yaml.safe_dump(described.yaml, sort_keys=False, allow_unicode=True)
     write_atomically(beside, text.encode())
+    if defaults is not None:
+        lost += _unsaid(defaults, described.family)
     return [*lost, *_lost(described, beside)]
 
 
@@ -206,7 +230,7 @@ def _read(
     """The tensors of a part by our names."""
     names = {rule.theirs: prefix + rule.theirs for rule in mapping.rules}
     if averaged:
-        average = {theirs: _average_of(name) for theirs, name in names.items()}
+        average = {theirs: average_of(name) for theirs, name in names.items()}
         # what was not trained has no average
         names |= {theirs: name for theirs, name in average.items() if name in tensors}
     theirs = tensors.read(dtype, names.values())
@@ -216,49 +240,14 @@ def _read(
     return ours
 
 
-def _average_of(name: str) -> str:
-    """The name of a weight's average, which has no dots."""
-    return EMA + name.removeprefix("model.").replace(".", "")
-
-
-def _averaged(found: Recognised, tensors: Tensors, weights: Weights) -> bool:
-    """Whether to take the averaged weights."""
-    if weights == "ema" and not found.has_ema:
-        raise CheckpointError(
-            f"{found.paths[0]}: has no averaged weights ({EMA}…); say --weights raw, or auto"
-        )
-    if weights == "raw" or not found.has_ema:
-        return False
-    averages = [_average_of(PREFIXES["unet"] + rule.theirs) for rule in found.maps["unet"].rules]
-    if lacking := [name for name in averages if name not in tensors]:
-        if weights == "ema":
-            raise CheckpointError(
-                f"{found.paths[0]}: {len(lacking)} of {len(averages)} averaged weights are missing,"
-                f" the first is {lacking[0]}; say --weights raw"
-            )
-        return False
-    for rule in found.maps["unet"].rules:
-        name = _average_of(PREFIXES["unet"] + rule.theirs)
-        if name in tensors and tensors[name].shape != tuple(rule.theirs_shape):
-            raise CheckpointError(
-                f"{found.paths[0]}: {name} is {tensors[name].shape} where"
-                f" {tuple(rule.theirs_shape)} was expected; say --weights raw"
-            )
-    return True
-
-
 def _conditioner(found: Recognised, load: Callable[..., nn.Module]) -> Conditioner:
     if found.main is not None:
-        main = cast(Conditioner, load("conditioner", partial(_build, found.main)))
+        main = cast(Conditioner, load("conditioner", partial(build_conditioner, found.main)))
         # what is concatenated beside another condition has no tensors
-        return HybridConditioner(main, _build(found.spatial)) if found.spatial else main
+        return HybridConditioner(main, build_conditioner(found.spatial)) if found.spatial else main
     if found.spatial is not None:
-        return cast(Conditioner, load("conditioner", partial(_build, found.spatial)))
+        return cast(Conditioner, load("conditioner", partial(build_conditioner, found.spatial)))
     return Unconditional()
-
-
-def _build(config: Config) -> Conditioner:
-    return _CONDITIONERS[type(config)](config)
 
 
 def _told_by_file(
@@ -274,16 +263,37 @@ def _told_by_file(
     return same and not alone.problems
 
 
-def _notes(found: Recognised, told: CompvisConfig | None, averaged: bool) -> Iterator[str]:
+def _guesses(found: Recognised, told: CompvisConfig | None) -> Iterator[str]:
     if told is None:
         name, reason = found.family.name, found.family_reason
         yield f"read as {name} ({found.family.description}): {reason}"
         yield f"it predicts {found.prediction}: {found.prediction_reason}"
-    if found.has_ema:
+    else:
+        yield from told.notes
+
+
+def _choices(found: Recognised, averaged: bool, alone: bool) -> Iterator[str]:
+    if alone:
+        yield "the file has averaged weights of the UNet alone, and they were taken"
+    elif found.has_ema:
         kind = "averaged weights of the UNet were" if averaged else "UNet's own weights were"
         yield f"the {kind} taken; --weights chooses"
-    if strays := found.unexpected:
-        yield f"left out, as unknown: {', '.join(strays[:4])}{', …' if len(strays) > 4 else ''}"
+    if found.unexpected:
+        yield f"left out, as unknown: {listed(found.unexpected)}"
+
+
+def _left_out(found: Recognised, tensors: Tensors, averaged: bool) -> Iterator[str]:
+    """Names of what is not read of a file, but for what is unknown, which is noted."""
+    names = {
+        PREFIXES[part] + r.theirs for part, mapping in found.maps.items() for r in mapping.rules
+    }
+    if averaged:
+        own = {average_of(name): name for name in names if average_of(name) in tensors}
+        names = (names - set(own.values())) | set(own)
+    names |= {*_MARKERS, *found.unexpected}
+    yield from (name for name in tensors if name not in names)
+    yield from (name for name, value in tensors.beside.items() if value)
+    yield from (name for name in tensors.metadata if name not in _METADATA)
 
 
 def _scaled_by_one(model: LatentDiffusion, path: Path) -> LatentDiffusion:
@@ -340,6 +350,18 @@ def _markers(model: LatentDiffusion, described: Described) -> Iterator[Entry]:
         yield name, tensor.dtype, tuple(tensor.shape), tensor.clone
 
 
+def _unsaid(defaults: SamplingDefaults, family: Family) -> Iterator[str]:
+    """How it is sampled, where files of the family are sampled otherwise."""
+    names = [option.name for option in fields(SamplingDefaults)]
+    values = {name: getattr(defaults, name) for name in names}
+    read = {name: getattr(family.defaults, name) for name in names}
+    if lost := [n for n, value in values.items() if value not in (None, read[n])]:
+        yield (
+            f"{', '.join(f'{name} {values[name]}' for name in lost)}: a single file says none, and"
+            f" is read with {', '.join(str(read[name]) for name in lost)}"
+        )
+
+
 def _lost(described: Described, beside: Path) -> Iterator[str]:
     for part in described.parts:
         for name in part.map.unmapped:
@@ -350,13 +372,6 @@ def _lost(described: Described, beside: Path) -> Iterator[str]:
             f" {', '.join(described.own)}"
         )
     for part in described.parts:
-        for kind, shipped in (
-            (ClipConditioner, clip_tokenizer),
-            (BertTextConditioner, bert_tokenizer),
-        ):
-            if isinstance(part.module, kind) and _differ(part.module.tokenizer, shipped()):
-                yield "its tokenizer is not the published one, which a single file is read with"
-
-
-def _differ(tokenizer: Tokenizer, published: Tokenizer) -> bool:
-    return tokenizer.get_vocab() != published.get_vocab()
+        own, published = getattr(part.module, "tokenizer", None), published_tokenizer(part.module)
+        if own is not None and published and own.get_vocab() != published.get_vocab():
+            yield "its tokenizer is not the published one, which a single file is read with"

@@ -1,7 +1,7 @@
 """Which family a single file is of, and what its UNet predicts; with the reasons, in words."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,7 @@ from mezzotint.diffusion.schedule import PredictionType
 from mezzotint.errors import CheckpointError, nearest
 from mezzotint.storage.tensors import Tensors
 
-__all__ = ["tell_family", "tell_prediction", "tell_size"]
+__all__ = ["refuse_adapters", "tell_disagreement", "tell_family", "tell_prediction", "tell_size"]
 
 _WORDS: Mapping[ConditionerKind, str] = {
     "clip": "CLIP's text encoder",
@@ -39,7 +39,6 @@ _PREDICTIONS: Mapping[str, PredictionType] = {
 # what files hold that are no model of these families, by the beginning of a name
 _OTHERS = {
     "conditioner.embedders.": "Stable Diffusion XL, which Mezzotint does not run",
-    "lora_": "a LoRA file; give it with --adapter beside a model",
     "double_blocks.": "a transformer for flow matching, which Mezzotint does not run",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3, which Mezzotint does not run",
     "model.diffusion_model.double_blocks.": "a FLUX model, which Mezzotint does not run",
@@ -47,7 +46,24 @@ _OTHERS = {
     "first_stage_model.": "a first stage without a UNet",
     "encoder.": "a first stage alone",
     "down_blocks.": "a component of a diffusers folder; give the folder",
+    "text_model.": "a text encoder alone",
 }
+# of a layer that an adapter changes; every form of LoRA has one of these in its names
+_OF_ADAPTERS = re.compile(
+    r"\.lora_[AB]\.|\.lora_(down|up)\.|_lora\.(down|up)\.|\.lora\.(down|up)\.|\.lora_linear_layer\."
+    r"|\.(hada|lokr)_|\.dora_scale|^lora_(unet|te\d?)_"
+)
+
+
+def refuse_adapters(path: Path, names: Iterable[str]) -> None:
+    """Raise a CheckpointError if a file is an adapter, and no model.
+
+    Args:
+        path: The file, for messages.
+        names: Of its tensors.
+    """
+    if any(_OF_ADAPTERS.search(name) for name in names):
+        raise CheckpointError(f"{path}: is a LoRA file; give it with --adapter beside a model")
 
 
 def tell_family(
@@ -65,6 +81,7 @@ def tell_family(
     Raises:
         CheckpointError: If it is of no known family, or ``family`` is none.
     """
+    refuse_adapters(path, tensors)
     for start, what in _OTHERS.items():
         alone = not start.startswith(("first_stage", "encoder")) or not parts["unet"]
         if alone and any(name.startswith(start) for name in tensors):
@@ -111,16 +128,11 @@ def tell_prediction(
     if prediction is not None:
         choices = get_args(PredictionType)
         if prediction not in choices:
-            raise CheckpointError(f"no prediction {prediction!r}; {nearest(prediction, choices)}")
+            near = nearest(prediction, choices)
+            raise CheckpointError(f"--prediction: no prediction {prediction!r}; {near}")
         return _PREDICTIONS[prediction], "as it was asked for"
-    if config is not None:
-        return config.schedule["prediction_type"], f"its YAML, {config.path.name}, says so"
-    for marker in ("v_pred", "ztsnr"):
-        if marker in tensors:
-            return "v_prediction", f"it has the marker {marker}"
-    told = tensors.metadata.get(_METADATA_PREDICTION, "")
-    if told in _PREDICTIONS:
-        return _PREDICTIONS[told], f"its metadata say {_METADATA_PREDICTION}: {told}"
+    for told, reason in _told(tensors, config):
+        return told, reason
     step = tensors.beside.get("global_step")
     if family.name == "sd2" and step in _NOISE_STEPS:
         return "epsilon", f"its global_step, {step:,}, is that of a published base model"
@@ -130,6 +142,40 @@ def tell_prediction(
             " noise, say --prediction epsilon"
         )
     return family.prediction, f"models of the family {family.name} do"
+
+
+def tell_disagreement(tensors: Tensors, config: CompvisConfig | None) -> str | None:
+    """Return a sentence on what a file says of its prediction in two ways, if it does.
+
+    Args:
+        tensors: Of the file.
+        config: Its YAML.
+    """
+    (followed, reason), *others = [*_told(tensors, config), (None, "")]
+    if config is not None and not config.tells_prediction:
+        others = others[:-2]  # what is said by saying nothing contradicts nothing
+    against = [f"{why}, which means {told}" for told, why in others if told not in (None, followed)]
+    if not against:
+        return None
+    return (
+        f"{followed} is followed, as {reason}, though {' and '.join(against)}: a YAML comes before"
+        " markers, and these before metadata; --prediction says otherwise"
+    )
+
+
+def _told(tensors: Tensors, config: CompvisConfig | None) -> Iterator[tuple[PredictionType, str]]:
+    """What a file's prediction is said to be, and by what; what is followed comes first."""
+    if config is not None and config.tells_prediction:
+        yield config.schedule["prediction_type"], f"its YAML, {config.path.name}, says so"
+    for marker in ("v_pred", "ztsnr"):
+        if marker in tensors:
+            yield "v_prediction", f"it has the marker {marker}"
+    told = tensors.metadata.get(_METADATA_PREDICTION, "")
+    if told in _PREDICTIONS:
+        yield _PREDICTIONS[told], f"its metadata say {_METADATA_PREDICTION}: {told}"
+    if config is not None and not config.tells_prediction:
+        reason = f"its YAML, {config.path.name}, names no parameterization"
+        yield config.schedule["prediction_type"], reason
 
 
 def tell_size(tensors: Tensors, family: Family, prediction: PredictionType) -> list[int] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from mezzotint.checkpoints.folder import (
     CONFIG,
@@ -20,20 +21,29 @@ from mezzotint.checkpoints.folder import (
     weight_files,
     write_json,
 )
+from mezzotint.checkpoints.keys import Keys
 from mezzotint.checkpoints.tokenizer_files import (
     read_bert_tokenizer,
     write_bert_tokenizer,
     write_clip_tokenizer,
 )
 from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
-from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
+from mezzotint.conditioning.clip import (
+    ClipConditioner,
+    ClipConditionerConfig,
+    check_vocabulary,
+)
 from mezzotint.conditioning.vocabularies import CLIP_END, CLIP_START, read_clip_tokenizer
-from mezzotint.errors import CheckpointError, ConfigError
+from mezzotint.errors import CheckpointError, ConfigError, short
 
 __all__ = [
     "BERT_CLASSES",
     "CLIP_CLASSES",
+    "build_bert",
+    "clip_name",
     "encoder_files",
+    "encoder_weights",
+    "read_clip_config",
     "read_bert",
     "read_clip",
     "write_bert",
@@ -77,7 +87,8 @@ def _stem(folder: Path) -> str:
     return "model" if any(folder.glob("model*.safetensors*")) else "pytorch_model"
 
 
-def _weights(folder: Path) -> Path:
+def encoder_weights(folder: Path) -> Path:
+    """Return the file that a text encoder's weights are read from, or the index of its parts."""
     return weight_files(folder, _stem(folder))[0]
 
 
@@ -93,9 +104,19 @@ def read_clip(folder: Path, words: Path, dtype: torch.dtype | None) -> ClipCondi
         CheckpointError: If a file is missing or damaged, or the network is another one.
         MissingExtraError: If ``transformers`` is not installed.
     """
-    data = read_component_config(folder)
+    config, tokenizer = read_clip_config(folder, words)
+    with torch.device("meta"):
+        conditioner = ClipConditioner(config, tokenizer)
+    load_weights(conditioner, encoder_weights(folder), dtype, clip_name)
+    return conditioner.eval()
+
+
+def read_clip_config(folder: Path, words: Path) -> tuple[ClipConditionerConfig, Tokenizer]:
+    """Read what a CLIP text encoder is, and its tokenizer; see `read_clip`."""
+    keys = Keys(read_component_config(folder))
     # a whole CLIP says both halves, and its text half as a part
-    said = data.get("text_config") or data
+    said = keys.section("text_config") or keys.data
+    keys.require(folder / CONFIG)
     tokenizer, padding = read_clip_tokenizer(words)
     fields = {key: said.get(key, default) for key, default in _CLIP_DEFAULTS.items()}
     fields |= {
@@ -105,13 +126,12 @@ def read_clip(folder: Path, words: Path, dtype: torch.dtype | None) -> ClipCondi
     }
     with _mistakes_are_the_files():
         config = ClipConditionerConfig.from_dict(fields, str(folder / CONFIG))
-    with _mistakes_are_the_files(f"{words}: "), torch.device("meta"):
-        conditioner = ClipConditioner(config, tokenizer)
-    load_weights(conditioner, _weights(folder), dtype, _clip_name)
-    return conditioner.eval()
+    with _mistakes_are_the_files(f"{words}: "):
+        check_vocabulary(config, tokenizer)
+    return config, tokenizer
 
 
-def _clip_name(name: str) -> str | None:
+def clip_name(name: str) -> str | None:
     """The name of a weight among ours; versions of transformers differ by the prefix."""
     if name.startswith("text_projection.") or name.endswith("embeddings.position_ids"):
         return None
@@ -186,17 +206,24 @@ def read_bert(folder: Path, words: Path, dtype: torch.dtype | None) -> BertTextC
     Raises:
         CheckpointError: If a file is missing or damaged, or the network is another one.
     """
+    conditioner = build_bert(folder, words)
+    load_weights(conditioner, encoder_weights(folder), dtype)
+    return conditioner.eval()
+
+
+def build_bert(folder: Path, words: Path) -> BertTextConditioner:
+    """Build the original text encoder without weights, on the meta device; see `read_bert`."""
     data = read_component_config(folder)
     if (act := data.get("activation_function", "gelu")) != "gelu":
-        raise CheckpointError(f"{folder / CONFIG}: activation_function is {act!r}, expected 'gelu'")
+        raise CheckpointError(
+            f"{folder / CONFIG}: activation_function is {short(act)}, expected 'gelu'"
+        )
     fields = {ours: data[theirs] for ours, theirs in _BERT_NAMES.items() if theirs in data}
     with _mistakes_are_the_files():
         config = BertTextConditionerConfig.from_dict(fields, str(folder / CONFIG))
     tokenizer = read_bert_tokenizer(words)
     with _mistakes_are_the_files(f"{words}: "), torch.device("meta"):
-        conditioner = BertTextConditioner(config, tokenizer)
-    load_weights(conditioner, _weights(folder), dtype)
-    return conditioner.eval()
+        return BertTextConditioner(config, tokenizer)
 
 
 def write_bert(

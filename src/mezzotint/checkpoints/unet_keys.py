@@ -1,7 +1,7 @@
 """The configurations of published UNets, translated to ours and back."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from mezzotint.checkpoints.keys import Keys, levels
 from mezzotint.models.unet import UNetConfig
@@ -14,13 +14,19 @@ __all__ = [
     "write_plain_unet",
 ]
 
+_LONGEST = 1 << 16  # of the sides that a UNet may have been trained on
+
 
 def read_sample_size(keys: Keys) -> int | None:
     """Return a side; height and width, if they differ, are only noted in the file."""
     size = keys.take("sample_size", None)
-    if isinstance(size, list):
-        return size[0] if len({*size}) == 1 else None
-    return size
+    sides = cast(list[Any], size) if isinstance(size, list) else [size, size]
+    if size is None:
+        return None
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= _LONGEST for side in sides):
+        keys.problem("sample_size", size, f"a side of latents or two, each 1 to {_LONGEST:,}")
+        return None
+    return sides[0] if sides[0] == sides[1] else None
 
 
 def _read_unet_common(keys: Keys) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def read_conditional_unet(keys: Keys) -> dict[str, Any]:
     kinds = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
     if attention != levels(keys, "up_block_types", up_default, kinds, up=True):
         keys.problems.append("up_block_types do not mirror down_block_types")
-    widths = keys.take("block_out_channels", [320, 640, 1280, 1280])
+    widths = keys.counts("block_out_channels", [320, 640, 1280, 1280])
     fields |= {
         "in_channels": keys.take("in_channels", 4),
         "out_channels": keys.take("out_channels", 4),
@@ -89,9 +95,12 @@ def read_conditional_unet(keys: Keys) -> dict[str, Any]:
 
 def _read_heads(keys: Keys, widths: list[int], attention: list[bool]) -> dict[str, Any]:
     """Read ``attention_head_dim``, which holds the *number* of heads in this class."""
-    heads = keys.take("attention_head_dim", 8)
-    if not isinstance(heads, list):
+    if not isinstance(keys.data.get("attention_head_dim"), list):
+        heads = keys.take("attention_head_dim", 8)
         return {"num_attention_heads": heads, "attention_head_dim": None}
+    heads = keys.counts("attention_head_dim", [8] * len(widths))
+    if len(attention) != len(widths):
+        return {}  # the configuration says so itself
     if len(heads) != len(widths):
         keys.problem("attention_head_dim", heads, "one number for each of block_out_channels")
         return {}
@@ -161,13 +170,13 @@ def read_plain_unet(keys: Keys) -> dict[str, Any]:
     resampling = {kind or down_type for _, kind in down[:-1]}
     resampling |= {kind or up_type for _, kind in up[1:]}
     if not resampling <= {"conv", "resnet"} or len(resampling) > 1:
-        found = ", ".join(sorted(str(r) for r in resampling))
+        found = ", ".join(sorted(str(r)[:80] for r in resampling))
         keys.problems.append(f"resolution changes by {found}, expected all conv or all resnet")
     head_dim = keys.take("attention_head_dim", 8)
     return fields | {
         "in_channels": keys.take("in_channels", 3),
         "out_channels": keys.take("out_channels", 3),
-        "block_out_channels": keys.take("block_out_channels", [224, 448, 672, 896]),
+        "block_out_channels": keys.counts("block_out_channels", [224, 448, 672, 896]),
         "attention_levels": attention,
         "resblock_updown": resampling == {"resnet"},
         "cross_attention_dim": None,

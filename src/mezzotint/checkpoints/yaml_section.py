@@ -1,25 +1,48 @@
 """A mapping of a YAML file, read so that no key of it is overlooked and all mistakes are told."""
 
-import reprlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
-from mezzotint.errors import ConfigError, nearest
+from mezzotint.errors import ConfigError, nearest, short
 
-__all__ = ["Section", "load_yaml", "short"]
+if TYPE_CHECKING:
+    from yaml import SafeLoader
+else:  # ten times faster where libyaml is there, as in every wheel
+    SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+__all__ = ["Section", "load_yaml"]
 
 _MOST_BYTES = 1 << 20  # a configuration has 5 kB
+_MOST_NESTED = 64
+_MOST_VALUES = 1 << 17  # a file that names its classes may have tens of thousands
+_MOST_NAMED = 8  # of the keys that nothing is known of
+_MOST_NUMBERS = 64  # of a list that has one for each level
+_WIDEST = 1 << 16  # of a level over the first
+_NEAR = 0.8  # of how alike two keys are
+_LARGEST = 1 << 53  # no float counts further one by one
+_MERGE = "tag:yaml.org,2002:merge"
 Kinds = type | tuple[type, ...]
 
 
-def short(value: Any) -> str:
-    """Return a value as messages show it; aliases may make one of a few lines endless."""
-    shown = reprlib.Repr()
-    shown.maxlevel, shown.maxlist, shown.maxdict, shown.maxstring = 2, 3, 3, 80
-    return shown.repr(value)
+class _Loader(SafeLoader):
+    """Plain values, with numbers as OmegaConf reads them: 1e-4 needs no point, no date is one."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in pairs if not tag.endswith(":timestamp")]
+        for first, pairs in SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -33,7 +56,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ConfigError(f"{path}: has more than {_MOST_BYTES:,} bytes; no configuration does")
-        data = yaml.safe_load(content.decode())
+        data = _construct(content.decode(), path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -47,6 +70,33 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], data)
 
 
+def _construct(text: str, path: Path) -> Any:
+    """Make the values of a file of which every one stands there in full, and only once.
+
+    A line that stands for others may be repeated by others again, so that a few of them would take
+    all memory; no file of the original code has any.
+    """
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        what = None
+        if depth > _MOST_NESTED:
+            what = f"nested more than {_MOST_NESTED} deep"
+        elif count > _MOST_VALUES:
+            what = f"more than {_MOST_VALUES:,} values"
+        elif isinstance(event, yaml.AliasEvent):
+            what = f"the alias *{event.anchor[:80]} stands for other lines; write them out"
+        elif isinstance(event, yaml.ScalarEvent) and (
+            event.tag == _MERGE or (event.implicit[0] and event.value == "<<")
+        ):
+            what = "<< merges other lines; write them out"
+        if what is not None:
+            where = f"{path}, line {event.start_mark.line + 1}"
+            raise ConfigError(f"{where}: refused: {what}")
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
 class Section:
     """One mapping of the file.
 
@@ -54,11 +104,19 @@ class Section:
         data: Its keys and values.
         key: The dotted key that leads to it; empty for the whole file.
         problems: What was found wrong in any section of the file; this adds to it.
+        left_out: Dotted keys of any section that are of no use here, and of which users are told.
     """
 
-    def __init__(self, data: Mapping[str, Any], key: str, problems: list[str]) -> None:
+    def __init__(
+        self,
+        data: Mapping[Any, Any],
+        key: str,
+        problems: list[str],
+        left_out: list[str] | None = None,
+    ) -> None:
         self.data, self.key, self.problems = data, key, problems
-        self._known: set[str] = set()
+        self.left_out: list[str] = [] if left_out is None else left_out
+        self._known: set[Any] = set()
 
     def take(self, name: str, default: Any, kinds: Kinds) -> Any:
         """Return a value, or the default if it is absent or of none of the kinds."""
@@ -72,7 +130,14 @@ class Section:
             )
             self.problem(name, f"expected {named}, got {short(value)}")
             return default
+        if isinstance(value, int | float) and not _is_number(value):
+            self.problem(name, f"expected a number that is finite, got {short(value)}")
+            return default
         return value
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number, whole or not."""
+        return float(self.take(name, default, (int, float)))
 
     def count(self, name: str, default: int | None = None) -> int:
         """Return a number of things, at least one; without a default it must be given."""
@@ -82,7 +147,7 @@ class Section:
                 self.problem(name, "required, but missing")
             return 1
         if not 1 <= value < 1 << 31:
-            self.problem(name, f"expected 1 or more, got {value}")
+            self.problem(name, f"expected 1 or more, got {short(value)}")
             return 1
         return value
 
@@ -104,10 +169,21 @@ class Section:
         if value is None:
             self.problem(name, "expected a list of numbers")
             return []
-        if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in value):
+        if not all(type(n) is not bool and _is_number(n) for n in value):
             self.problem(name, f"expected a list of numbers, got {short(value)}")
             return []
+        if len(value) > _MOST_NUMBERS:
+            self.problem(name, f"expected {_MOST_NUMBERS} numbers at most, got {len(value):,}")
+            return []
         return list(value)
+
+    def multiples(self, name: str) -> list[float]:
+        """Return by how much each level is wider than the first."""
+        values = self.numbers(name, (1, 2, 4, 8))
+        if not all(0 < n <= _WIDEST for n in values):
+            self.problem(name, f"expected numbers above 0 up to {_WIDEST:,}, got {short(values)}")
+            return []
+        return values
 
     def choice(self, name: str, default: Any, choices: Mapping[str, Any]) -> Any:
         """Return what a text stands for in a closed table."""
@@ -129,7 +205,7 @@ class Section:
     def section(self, name: str) -> "Section":
         """Return a mapping in this one; an empty one if it is absent."""
         value = self.take(name, {}, dict)
-        return Section(value, self.name(name), self.problems)
+        return Section(value, self.name(name), self.problems, self.left_out)
 
     def name(self, name: str) -> str:
         """Return the dotted key of a value."""
@@ -143,9 +219,34 @@ class Section:
         """Know keys that are of no use here, given in one text."""
         self._known |= set(names.split())
 
+    def leave_out(self, wanted: Callable[[Any, Any], bool]) -> None:
+        """Leave out keys that nobody asked for, if they and their values are wanted to be."""
+        for name in self._others():
+            if wanted(name, self.data[name]):
+                self._known.add(name)
+                self.left_out.append(self.name(_named(name)))
+
+    def is_near(self, name: Any) -> bool:
+        """Whether a key that nobody asked for may be a known one, wrongly written."""
+        return bool(get_close_matches(_named(name), map(str, self._known), 1, _NEAR))
+
     def finish(self) -> None:
         """Note every key that nobody asked for."""
-        for name in self.data:
-            if name not in self._known:
-                told = nearest(str(name), self._known)
-                self.problems.append(f"unknown key {self.name(str(name))!r}; {told}")
+        unknown = [_named(name) for name in self._others()]
+        for name in unknown[:_MOST_NAMED]:
+            told = nearest(name, self._known)
+            self.problems.append(f"unknown key {self.name(name)!r}; {told}")
+        if (more := len(unknown) - _MOST_NAMED) > 0:
+            self.problems.append(f"and {more} more unknown keys in {self.key or 'the file'}")
+
+    def _others(self) -> list[Any]:
+        return [name for name in self.data if name not in self._known]
+
+
+def _named(name: Any) -> str:
+    return short(name) if isinstance(name, int) else str(name)[:80]
+
+
+def _is_number(value: Any) -> bool:
+    # so written, that not a number is none
+    return isinstance(value, int | float) and abs(value) < _LARGEST

@@ -57,22 +57,29 @@ def _say(found: "Inspection") -> None:
         print(
             f"part        {part.name}{of}: {part.parameters:,} in {part.tensors} tensors, {types}"
         )
-    print(f"EMA         {'averaged weights beside the own' if found.averaged else 'none'}")
+    print(f"EMA         {_of_averages(found)}")
     for label, names in (
         ("missing", found.missing),
         ("unexpected", found.unexpected),
-        ("problem", found.problems),
     ):
         rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         told = ", ".join(_printable(name) for name in names[:_SHOWN]) or "none"
-        if names or label != "problem":
-            print(f"{label:11} {told}{rest}")
+        print(f"{label:11} {told}{rest}")
+    for label, sentences in (("problem", found.problems), ("note", found.notes)):
+        for sentence in sentences:
+            print(f"{label:11} {_printable(sentence)}")
     for name, value in found.metadata.items():
         short = value if len(value) <= 160 else f"{value[:157]}…"
         print(f"metadata    {_printable(name)}: {_printable(short)}")
     if found.sha256 is not None:
         print(f"sha256      {found.sha256}")
         print(f"short hash  {found.short_hash}")
+
+
+def _of_averages(found: "Inspection") -> str:
+    if found.averages_alone:
+        return "averaged weights alone, which are taken for the UNet"
+    return "averaged weights beside the own" if found.averaged else "none"
 
 
 def _printable(text: str) -> str:

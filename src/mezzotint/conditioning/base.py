@@ -196,6 +196,22 @@ class Conditioner(nn.Module):
             given = "a class" if inputs.labels is not None else given
             raise RequestError(f"the model wants {self.description}, but was given {given}")
 
+    def captions(self, inputs: ConditionInputs, drop: Tensor | None = None) -> list[str]:
+        """Return the captions of a batch; the null of one is the empty caption.
+
+        Args:
+            inputs: What the samples are to be.
+            drop: ``(B,)`` bool, true where a caption is replaced by the null.
+
+        Raises:
+            RequestError: If there are none.
+        """
+        self.require(inputs.captions, inputs)
+        captions = list(inputs.captions or ())
+        if drop is None:
+            return captions
+        return ["" if dropped else text for text, dropped in zip(captions, drop, strict=True)]
+
 
 class Unconditional(Conditioner):
     """The conditioner of a model that is told nothing."""

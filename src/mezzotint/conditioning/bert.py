@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
-from mezzotint.config import Config
+from mezzotint.config import Config, Width
 from mezzotint.errors import ConfigError
 from mezzotint.nn.attention import attend
 
@@ -42,13 +42,13 @@ class TransformerShape(Config):
         max_length: Tokens at most, all that are not words included.
     """
 
-    vocab_size: int = Field(default=30522, ge=4)
-    width: int = Field(default=1280, ge=1)
-    layers: int = Field(default=32, ge=0)
-    heads: int = Field(default=8, ge=1)
-    head_dim: int = Field(default=64, ge=1)
-    ffn_dim: int = Field(default=5120, ge=1)
-    max_length: int = Field(default=77, ge=3)
+    vocab_size: int = Field(default=30522, ge=4, le=1 << 24)
+    width: Width = 1280
+    layers: int = Field(default=32, ge=0, le=64)
+    heads: Width = 8
+    head_dim: Width = 64
+    ffn_dim: Width = 5120
+    max_length: int = Field(default=77, ge=3, le=1 << 16)
 
 
 class _SelfAttention(nn.Module):
@@ -168,12 +168,7 @@ class BertTextConditioner(Conditioner):
 
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
         """Condition on ``inputs.captions``; see `Conditioner.forward`."""
-        self.require(inputs.captions, inputs)
-        captions = list(inputs.captions or ())
-        if drop is not None:
-            captions = [
-                "" if dropped else text for text, dropped in zip(captions, drop, strict=True)
-            ]
+        captions = self.captions(inputs, drop)
         ids = self.tokenize(captions).to(self.model.embed_tokens.weight.device)
         return Conditioning(crossattn=self.model(ids))
 

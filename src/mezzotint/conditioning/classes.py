@@ -5,11 +5,11 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
-from mezzotint.config import Config
+from mezzotint.config import Config, Width
 from mezzotint.errors import RequestError, nearest
 
 __all__ = ["ClassConditioner", "ClassConditionerConfig", "class_index"]
@@ -26,7 +26,7 @@ class ClassConditionerConfig(Config):
     """
 
     kind: Literal["class"] = "class"
-    width: int = Field(default=512, ge=1)
+    width: Width = 512
     class_names: tuple[str, ...] = ()
 
     @model_validator(mode="after")

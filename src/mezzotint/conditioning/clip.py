@@ -23,7 +23,7 @@ from mezzotint.conditioning.base import (
     TextOptions,
 )
 from mezzotint.conditioning.prompts import Chunk, Fragment, chunk_tokens, parse_prompt
-from mezzotint.config import Config
+from mezzotint.config import Config, Count, Depth, Width
 from mezzotint.errors import (
     CheckpointError,
     ConfigError,
@@ -32,7 +32,7 @@ from mezzotint.errors import (
     nearest,
 )
 
-__all__ = ["ClipConditioner", "ClipConditionerConfig"]
+__all__ = ["ClipConditioner", "ClipConditionerConfig", "check_vocabulary"]
 
 _COMMA = ",</w>"
 # far beyond any use, and not yet too much for half precision
@@ -62,15 +62,15 @@ class ClipConditionerConfig(Config):
     """
 
     kind: Literal["clip"] = "clip"
-    vocab_size: int = Field(default=49408, ge=1)
-    hidden_size: int = Field(default=768, ge=1)
-    intermediate_size: int = Field(default=3072, ge=1)
-    num_hidden_layers: int = Field(default=12, ge=1)
-    num_attention_heads: int = Field(default=12, ge=1)
-    max_position_embeddings: int = Field(default=77, ge=3)
+    vocab_size: Count = 49408
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 12
+    max_position_embeddings: int = Field(default=77, ge=3, le=1 << 16)
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
-    projection_dim: int = Field(default=768, ge=1)
+    layer_norm_eps: float = Field(default=1e-5, gt=0, lt=1)
+    projection_dim: Width = 768
     bos_token_id: int = Field(default=49406, ge=0)
     eos_token_id: int = Field(default=49407, ge=0)
     pad_token_id: int = Field(default=49407, ge=0)
@@ -95,6 +95,15 @@ class ClipConditionerConfig(Config):
                     f" got {getattr(self, name)}"
                 )
         return self
+
+
+def check_vocabulary(config: ClipConditionerConfig, tokenizer: Tokenizer) -> None:
+    """Raise a ConfigError if a tokenizer has more tokens than a transformer knows."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"vocab_size is {config.vocab_size}, but the tokenizer has a token {largest}"
+        )
 
 
 class _TokenEmbedding(nn.Embedding):
@@ -127,11 +136,7 @@ class ClipConditioner(Conditioner):
 
     def __init__(self, config: ClipConditionerConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
-        largest = max(tokenizer.get_vocab().values(), default=0)
-        if largest >= config.vocab_size:
-            raise ConfigError(
-                f"vocab_size is {config.vocab_size}, but the tokenizer has a token {largest}"
-            )
+        check_vocabulary(config, tokenizer)
         # a tokenizer from a file may bring lengths of its own; here the configuration says them
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -253,12 +258,7 @@ class ClipConditioner(Conditioner):
 
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
         """Condition on ``inputs.captions``; see `Conditioner.forward`."""
-        self.require(inputs.captions, inputs)
-        captions = list(inputs.captions or ())
-        if drop is not None:
-            captions = [
-                "" if dropped else text for text, dropped in zip(captions, drop, strict=True)
-            ]
+        captions = self.captions(inputs, drop)
         layer = self._layer(inputs.text.clip_skip)
         cut = [self.chunks(caption, inputs.text.emphasis) for caption in captions]
         tokens = self._encode([chunk for chunks in cut for chunk in chunks], inputs.text, layer)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mezzotint.conditioning.base import Box, Conditioner, Conditioning, ConditionInputs
 from mezzotint.conditioning.bert import BertTransformer, TransformerShape, unread_logits
 from mezzotint.conditioning.classes import class_index
+from mezzotint.config import Width
 from mezzotint.errors import RequestError
 
 __all__ = ["LayoutConditioner", "LayoutConditionerConfig", "read_layout"]
@@ -33,11 +34,11 @@ class LayoutConditionerConfig(TransformerShape):
     """
 
     kind: Literal["layout"] = "layout"
-    vocab_size: int = Field(default=8192, ge=4)
-    width: int = Field(default=512, ge=1)
-    layers: int = Field(default=16, ge=0)
-    ffn_dim: int = Field(default=2048, ge=1)
-    max_length: int = Field(default=92, ge=_PER_OBJECT + _CROP)
+    vocab_size: int = Field(default=8192, ge=4, le=1 << 24)
+    width: Width = 512
+    layers: int = Field(default=16, ge=0, le=64)
+    ffn_dim: Width = 2048
+    max_length: int = Field(default=92, ge=_PER_OBJECT + _CROP, le=1 << 16)
     class_names: tuple[str, ...] = ()
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
-from mezzotint.config import Config
+from mezzotint.config import Config, Width
 from mezzotint.errors import RequestError
 
 __all__ = [
@@ -38,9 +38,9 @@ class SemanticMapConditionerConfig(Config):
     """
 
     kind: Literal["semantic_map"] = "semantic_map"
-    classes: int = Field(default=182, ge=1)
-    out_channels: int = Field(default=3, ge=1)
-    stages: int = Field(default=2, ge=0)
+    classes: Width = 182
+    out_channels: Width = 3
+    stages: int = Field(default=2, ge=0, le=16)
 
 
 class SemanticMapConditioner(Conditioner):
@@ -95,7 +95,7 @@ class LowResConditionerConfig(Config):
     """
 
     kind: Literal["low_res"] = "low_res"
-    channels: int = Field(default=3, ge=1)
+    channels: Width = 3
 
 
 class LowResConditioner(Conditioner):
@@ -143,7 +143,7 @@ class InpaintingConditionerConfig(Config):
     """
 
     kind: Literal["inpainting"] = "inpainting"
-    latent_channels: int = Field(default=4, ge=1)
+    latent_channels: Width = 4
     order: Literal["mask_first", "mask_last"] = "mask_first"
     signed_mask: bool = False
     masked_value: float = Field(default=0.0, ge=-1.0, le=1.0)

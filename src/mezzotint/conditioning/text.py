@@ -161,12 +161,7 @@ class TextConditioner(Conditioner):
 
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
         """Condition on ``inputs.captions``; see `Conditioner.forward`."""
-        self.require(inputs.captions, inputs)
-        captions = list(inputs.captions or ())
-        if drop is not None:
-            captions = [
-                "" if dropped else text for text, dropped in zip(captions, drop, strict=True)
-            ]
+        captions = self.captions(inputs, drop)
         ids, mask = self.tokenize(captions)
         device = self.token_embedding.weight.device
         ids, mask = ids.to(device), mask.to(device)

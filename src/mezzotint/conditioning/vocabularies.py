@@ -51,7 +51,7 @@ def clip_tokenizer() -> Tokenizer:
         >>> clip_tokenizer().encode("A red apple").ids
         [320, 736, 3055]
     """
-    merges = [_pair(line) for line in _read_asset("clip_merges")]
+    merges = [_pair(line, Path("clip_merges")) for line in _read_asset("clip_merges")]
     letters = _byte_letters()
     tokens = [
         *letters,
@@ -156,8 +156,9 @@ def _read_pairs(folder: Path) -> tuple[dict[str, int], Merges, list[AddedToken]]
     vocabulary = _numbers(_read_json(folder / "vocab.json"), folder / "vocab.json")
     extra = folder / "added_tokens.json"
     more = _numbers(_read_json(extra, optional=True), extra)
-    lines = _read_text(folder / "merges.txt").split("\n")
-    merges = [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
+    file = folder / "merges.txt"
+    lines = [line for line in _read_text(file).split("\n") if line.strip()]
+    merges = [_pair(line, file) for line in lines if not line.startswith("#version")]
     return vocabulary | more, merges, [AddedToken(text, normalized=True) for text in more]
 
 
@@ -172,7 +173,7 @@ def _read_whole(path: Path) -> tuple[dict[str, int], Merges, list[AddedToken]]:
         if (token := _added(item)) is not None:
             vocabulary |= _numbers({token.content: item.get("id")}, path)
     tokens = [token for item in listed if (token := _added(item)) is not None]
-    return vocabulary, [_pair(item) for item in merges], tokens
+    return vocabulary, [_pair(item, path) for item in merges], tokens
 
 
 def _added(value: Any) -> AddedToken | None:
@@ -191,13 +192,13 @@ def _plain(text: str) -> AddedToken:
     return AddedToken(text, special=True, normalized=False)
 
 
-def _pair(item: Any) -> tuple[str, str]:
+def _pair(item: Any, path: Path) -> tuple[str, str]:
     """A merge, written ``"a b"`` or ``["a", "b"]``."""
     match item.split() if isinstance(item, str) else item:
         case [str(first), str(second)]:
             return first, second
         case _:
-            raise CheckpointError(f"the merges of a tokenizer are pairs, not {item!r}")
+            raise CheckpointError(f"{path}: the merges of a tokenizer are pairs, not {item!r}")
 
 
 def _numbers(data: Any, path: Path) -> dict[str, int]:

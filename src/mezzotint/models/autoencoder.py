@@ -5,10 +5,10 @@ Parameters are named as in the public diffusers checkpoints.
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from mezzotint.config import Config
+from mezzotint.config import Config, Count, Width
 from mezzotint.errors import RequestError
 from mezzotint.models.encoder_decoder import ConvolutionalConfig, Decoder, Encoder
 from mezzotint.models.regularizers import DiagonalGaussian, Quantization, VectorQuantizer
@@ -96,10 +96,10 @@ class VQModelConfig(ConvolutionalConfig):
     """
 
     kind: Literal["vq"] = "vq"
-    latent_channels: PositiveInt = 3
-    block_out_channels: tuple[PositiveInt, ...] = Field((128, 256, 512), min_length=1)
-    codebook_size: PositiveInt = 8192
-    embedding_dim: PositiveInt | None = None
+    latent_channels: Width = 3
+    block_out_channels: tuple[Width, ...] = Field((128, 256, 512), min_length=1)
+    codebook_size: Count = 8192
+    embedding_dim: Width | None = None
     commitment_weight: float = Field(0.25, ge=0)
 
     @property
@@ -184,7 +184,7 @@ class IdentityFirstStageConfig(Config):
     """
 
     kind: Literal["identity"] = "identity"
-    in_channels: PositiveInt = 3
+    in_channels: Width = 3
 
     @property
     def factor(self) -> int:

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mezzotint.config import Config, parse
+from mezzotint.config import Config, Depth, Width, parse
 from mezzotint.nn.attention import AttentionBlock
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
@@ -44,11 +44,11 @@ class ConvolutionalConfig(Config):
         dropout: Dropout inside ResBlocks.
     """
 
-    in_channels: PositiveInt = 3
-    out_channels: PositiveInt = 3
-    latent_channels: PositiveInt = 4
-    block_out_channels: tuple[PositiveInt, ...] = Field((128, 256, 512, 512), min_length=1)
-    layers_per_block: int = Field(2, ge=1, le=64)
+    in_channels: Width = 3
+    out_channels: Width = 3
+    latent_channels: Width = 4
+    block_out_channels: tuple[Width, ...] = Field((128, 256, 512, 512), min_length=1)
+    layers_per_block: Depth = 2
     attention_levels: tuple[bool, ...] | None = None
     mid_attention: bool = True
     norm_num_groups: PositiveInt = 32

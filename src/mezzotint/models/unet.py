@@ -4,7 +4,7 @@ Parameters are named as in the public diffusers checkpoints.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mezzotint.config import Config
+from mezzotint.config import Config, Count, Depth, Width
 from mezzotint.errors import RequestError
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
 from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
@@ -20,7 +20,7 @@ from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
 __all__ = ["UNet", "UNetConfig"]
 
-Width = Annotated[int, Field(ge=1, le=1 << 16)]
+_MOST_BLOCKS = 2048  # of all levels, transformers' included; those of SDXL are 200
 
 
 class UNetConfig(Config):
@@ -54,30 +54,30 @@ class UNetConfig(Config):
         freq_shift: See `timestep_embedding`.
     """
 
-    in_channels: PositiveInt = 4
-    out_channels: PositiveInt = 4
-    sample_size: PositiveInt | None = None
+    in_channels: Width = 4
+    out_channels: Width = 4
+    sample_size: Width | None = None
     block_out_channels: tuple[Width, ...] = Field(
         (320, 640, 1280, 1280), min_length=1, max_length=16
     )
-    layers_per_block: int = Field(2, ge=1, le=64)
+    layers_per_block: Depth = 2
     attention_levels: tuple[bool, ...] = (True, True, True, False)
-    cross_attention_dim: PositiveInt | None = 768
+    cross_attention_dim: Width | None = 768
     num_attention_heads: PositiveInt | None = 8
     attention_head_dim: PositiveInt | None = None
-    transformer_layers_per_block: int = Field(1, ge=1, le=64)
+    transformer_layers_per_block: Depth = 1
     use_linear_projection: bool = False
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     resblock_updown: bool = False
     downsample_padding: Literal[0, 1] = 1
-    num_class_embeds: PositiveInt | None = None
-    vector_dim: PositiveInt | None = None
-    guidance_embed_dim: PositiveInt | None = None
+    num_class_embeds: Count | None = None
+    vector_dim: Width | None = None
+    guidance_embed_dim: Width | None = None
     norm_num_groups: PositiveInt = 32
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(1e-5, gt=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: int = Field(0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,6 +91,14 @@ class UNetConfig(Config):
             raise ValueError(
                 "exactly one of num_attention_heads and attention_head_dim must be set;"
                 " set the other to null"
+            )
+        depth = self.transformer_layers_per_block if self.cross_attention_dim is not None else 1
+        attending = sum(self.attention_levels) * depth
+        blocks = (len(channels) + attending) * (2 * self.layers_per_block + 1)
+        if blocks > _MOST_BLOCKS:
+            raise ValueError(
+                f"block_out_channels, layers_per_block and transformer_layers_per_block make"
+                f" {blocks:,} blocks, expected at most {_MOST_BLOCKS:,}"
             )
         if self.num_class_embeds is not None and self.vector_dim is not None:
             raise ValueError("num_class_embeds and vector_dim exclude each other; set one to null")

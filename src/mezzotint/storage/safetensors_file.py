@@ -16,7 +16,7 @@ from torch import Tensor
 from mezzotint.errors import CheckpointError
 from mezzotint.storage.stored import Storage, StoredTensor
 
-__all__ = ["Entry", "read_header", "write_safetensors"]
+__all__ = ["Entry", "narrowed", "read_header", "write_safetensors"]
 
 Entry = tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]
 """What is to be written: name, type, shape, and what gives the tensor when its turn comes."""
@@ -91,6 +91,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
         metadata: Texts to stand beside them.
 
     Raises:
+        CheckpointError: If a value is beyond what its type on the disk can hold.
         OSError: If it cannot be written.
     """
     # larger numbers first, so that all are aligned
@@ -111,9 +112,36 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, dtype, shape, give in ordered:
-            tensor = give().detach().to("cpu", dtype).contiguous()
+            tensor = narrowed(name, give().detach().cpu(), dtype).contiguous()
             assert tuple(tensor.shape) == shape, name
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another type, unless that would make infinities of numbers.
+
+    Args:
+        name: What messages call it.
+        tensor: On the CPU. What is infinite or no number in it may be so.
+        dtype: The type; the tensor itself comes back where it is its own.
+
+    Raises:
+        CheckpointError: If a finite value is beyond it; bfloat16 reaches as far as float32.
+    """
+    turned = tensor.to(dtype)
+    if turned is tensor or not dtype.is_floating_point or not tensor.is_floating_point():
+        return turned
+    if bool(turned.isfinite().all()):
+        return turned
+    beyond = tensor[tensor.isfinite() & ~turned.isfinite()]
+    if beyond.numel() == 0:
+        return turned
+    value = float(beyond[beyond.abs().argmax()])
+    kind, wide = str(dtype).removeprefix("torch."), torch.finfo(torch.bfloat16).max
+    instead = "bfloat16 holds it" if abs(value) <= wide else "keep it as it is"
+    raise CheckpointError(
+        f"{name} holds {value:,.6g}, and {kind} ends at {torch.finfo(dtype).max:,.6g}; {instead}"
+    )
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:

@@ -1,5 +1,7 @@
 """Tensors that lie in a file, whatever its format: described at once, read when asked for."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,12 @@ from torch import Tensor
 
 from mezzotint.errors import CheckpointError
 
-__all__ = ["Storage", "StoredTensor", "extent"]
+__all__ = ["MOST_EXPANDED", "Storage", "StoredTensor", "check_readings", "extent"]
+
+MOST_EXPANDED = 1 << 22  # elements of a file's tensors that are said to be more than lie there
+# times that tensors may read one storage: as a whole, in parts, and again where weights are tied
+_MOST_READINGS = 4
+_FEW = 1 << 16  # elements that may be read as often as it pleases
 
 
 @dataclass
@@ -91,3 +98,29 @@ def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def check_readings(path: Path, tensors: Iterable[StoredTensor]) -> None:
+    """Refuse tensors that share a storage so often that they take far more memory than the file.
+
+    Args:
+        path: The file.
+        tensors: All of its tensors, each as often as it has a name.
+
+    Raises:
+        CheckpointError: If they read a storage more than four times over.
+    """
+    read: dict[str, int] = {}
+    expanded = 0
+    for tensor in tensors:
+        storage, count = tensor.storage, math.prod(tensor.shape)
+        elements = storage.size // tensor.dtype.itemsize
+        if count > elements:
+            expanded += count
+        total = read[storage.key] = read.get(storage.key, 0) + tensor.size
+        often = total > max(_MOST_READINGS * storage.size, _FEW * tensor.dtype.itemsize)
+        if often or expanded > MOST_EXPANDED:
+            raise CheckpointError(
+                f"{path}: refused: its tensors read storage {storage.key[:80]!r} of {elements:,}"
+                f" elements more than {_MOST_READINGS} times over"
+            )

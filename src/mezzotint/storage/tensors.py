@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,23 @@ from mezzotint.storage.safetensors_file import read_header
 from mezzotint.storage.stored import StoredTensor
 from mezzotint.storage.unpickle import read_pickle
 
-__all__ = ["TensorInfo", "Tensors", "find_weights", "open_tensors"]
+__all__ = [
+    "PICKLES",
+    "Form",
+    "TensorInfo",
+    "Tensors",
+    "find_weights",
+    "form_of",
+    "open_tensors",
+    "refuse_pointer",
+]
+
+Form = Literal["safetensors", "pickle"]
+"""How a file of tensors is written, whatever it is called."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_POINTER = b"version https://git-lfs"
+_ARCHIVE = b"PK\x03\x04"
 _MOST_INDEX = 16 << 20  # bytes; that of a model with 10,000 tensors has 1 MB
 
 
@@ -84,6 +98,18 @@ class Tensors(Mapping[str, TensorInfo]):
             beside=self.beside,
         )
 
+    def renamed(self, names: Mapping[str, str]) -> "Tensors":
+        """Return the same tensors, some by other names.
+
+        Args:
+            names: From a name to the one that it gets.
+        """
+        return Tensors(
+            {names.get(name, name): tensor for name, tensor in self.stored.items()},
+            metadata=self.metadata,
+            beside=self.beside,
+        )
+
     def read(
         self, dtype: torch.dtype | None = None, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
@@ -115,6 +141,8 @@ class Tensors(Mapping[str, TensorInfo]):
 def open_tensors(path: Path) -> Tensors:
     """Read the headers of a file of tensors.
 
+    A safetensors file that is named as a pickle is read for what it is, and the other way round.
+
     Args:
         path: Safetensors; or ``.ckpt``, ``.pt``, ``.pth``, ``.bin``, whose tensors may lie under
             ``state_dict``; or the index of a file in several parts, ``….index.json``.
@@ -127,13 +155,50 @@ def open_tensors(path: Path) -> Tensors:
         raise CheckpointError(f"{path}: no such file")
     if path.name.endswith(".json"):
         return _open_parts(path)
-    if path.suffix == ".safetensors":
-        stored, metadata = read_header(path)
-        return Tensors(stored, metadata=metadata)
-    if path.suffix in PICKLES:
+    if path.suffix not in (".safetensors", *PICKLES):
+        known = ", ".join((".safetensors", *PICKLES))
+        suffix = path.suffix or "no suffix"
+        raise CheckpointError(f"{path}: {suffix} is no format of weights: {known}")
+    if form_of(path) == "pickle":
         return _open_pickle(path)
-    known = ", ".join((".safetensors", *PICKLES))
-    raise CheckpointError(f"{path}: {path.suffix or 'no suffix'} is no format of weights: {known}")
+    stored, metadata = read_header(path)
+    return Tensors(stored, metadata=metadata)
+
+
+def form_of(path: Path) -> Form:
+    """Tell how a file of weights is written: by how it begins, or if that is neither, by its name.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is a pointer of git-lfs.
+    """
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # the length of a header that is JSON, and its first character
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return "safetensors"
+    if start.startswith(_ARCHIVE) or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
+        return "pickle"
+    return "safetensors" if path.suffix == ".safetensors" else "pickle"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise a CheckpointError if a file is what git-lfs leaves in place of a large one."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads it will say so
+    if start == _POINTER:
+        raise CheckpointError(
+            f"{path}: is a pointer of git-lfs and not the file itself; run git lfs pull in its"
+            " repository to fetch that"
+        )
 
 
 def find_weights(folder: Path, stem: str) -> Path:
@@ -188,6 +253,7 @@ def _open_pickle(path: Path) -> Tensors:
 
 
 def _open_parts(path: Path) -> Tensors:
+    refuse_pointer(path)
     try:
         if path.stat().st_size > _MOST_INDEX:
             raise ValueError(f"more than {_MOST_INDEX:,} bytes")

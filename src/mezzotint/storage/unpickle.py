@@ -9,7 +9,7 @@ held against the file before it is believed, and what it may make is counted.
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +19,13 @@ import torch
 from mezzotint.errors import CheckpointError
 from mezzotint.storage.archive import StoredArchive
 from mezzotint.storage.pickle_machine import Malformed, StandIn, run
-from mezzotint.storage.stored import Storage, StoredTensor, extent
+from mezzotint.storage.stored import MOST_EXPANDED, Storage, StoredTensor, check_readings, extent
 
 __all__ = ["ParameterDict", "StandIn", "StoredTensor", "read_pickle"]
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_BYTES = 16 << 20  # of a pickle; the longest of a real checkpoint have 5 MB
 _MOST_DIMENSIONS = 8
-_MOST_EXPANDED = 1 << 22  # elements of a file's tensors that are said to be more than lie there
 
 _DTYPES: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -113,9 +112,11 @@ def read_pickle(path: Path) -> Any:
                 raise CheckpointError(f"{path}: is empty")
             file.seek(0)
             archive = file.read(4) == b"PK\x03\x04"
-            return _read_archive(path, file) if archive else _read_legacy(path, file)
+            content = _read_archive(path, file) if archive else _read_legacy(path, file)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    check_readings(path, _tensors(content))
+    return content
 
 
 def _read_archive(path: Path, file: io.BufferedReader) -> Any:
@@ -182,6 +183,19 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> Any:
     if missing := reader.storages.keys() - placed:
         raise CheckpointError(f"{path}: has no storage {min(missing)[:80]!r}")
     return content
+
+
+def _tensors(content: Any) -> Iterator[StoredTensor]:
+    """Every tensor, as often as it stands in a container; of each container once."""
+    pending, seen = [content], set[int]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, StoredTensor):
+            yield value
+        elif isinstance(value, dict | list | tuple | ParameterDict) and id(value) not in seen:
+            seen.add(id(cast(object, value)))
+            items = value.parameters if isinstance(value, ParameterDict) else cast(Any, value)
+            pending.extend(items.values() if isinstance(items, dict) else items)
 
 
 class ParameterDict:
@@ -309,7 +323,7 @@ class _Reader:
         length, count = extent(shape, stride), math.prod(shape)
         if count > elements:
             self._expanded += count
-        if (offset + length > elements and length) or self._expanded > _MOST_EXPANDED:
+        if (offset + length > elements and length) or self._expanded > MOST_EXPANDED:
             raise CheckpointError(
                 f"{self.path}: a tensor of shape {shape} does not fit into its storage of"
                 f" {elements:,} elements"
