@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 from test_compvis_config import PUBLISHED
-from test_pipelines import CONDITIONERS, kl
-from test_pipelines import model as of_folder
 from tiny_models import build
+from tiny_pipelines import CONDITIONERS, kl
+from tiny_pipelines import model as of_folder
 
 from mezzotint.checkpoints.compvis_config import parse_compvis_config, read_compvis_config
 from mezzotint.checkpoints.conditioners import load_conditioner
