@@ -16,10 +16,11 @@ from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.models.unet import UNet
 from mezzotint.rng import SampleNoise
 
-__all__ = ["FirstStage", "LatentDiffusion", "LatentNormalization", "encode_moments", "fingerprint"]
+__all__ = ["LARGEST_SCALE", "LEAST_SCALE", "FirstStage", "LatentDiffusion", "LatentNormalization"]
+__all__ += ["encode_moments", "fingerprint"]
 
 FirstStage = AutoencoderKL | VQModel | IdentityFirstStage
-_LEAST_SCALE, _LARGEST_SCALE = 1e-9, 1e9  # latents have deviations of about 0.1 to 100
+LEAST_SCALE, LARGEST_SCALE = 1e-9, 1e9  # latents have deviations of about 0.1 to 100
 
 
 class LatentNormalization(nn.Module):
@@ -47,10 +48,10 @@ class LatentNormalization(nn.Module):
         Raises:
             ConfigError: If it is not of a size that float32 can divide by.
         """
-        if not _LEAST_SCALE <= scale_factor <= _LARGEST_SCALE:
+        if not LEAST_SCALE <= scale_factor <= LARGEST_SCALE:
             raise ConfigError(
-                f"scale_factor is {short(scale_factor)}, expected {_LEAST_SCALE:g} to"
-                f" {_LARGEST_SCALE:g}"
+                f"scale_factor is {short(scale_factor)}, expected {LEAST_SCALE:g} to"
+                f" {LARGEST_SCALE:g}"
             )
         return cls(torch.zeros(1), torch.tensor([1.0 / scale_factor]))
 

@@ -1,9 +1,11 @@
 """Files that have nothing of the UNet but its averages."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import NAMES, build
 
 from mezzotint.checkpoints.averages import average_of, with_averages_alone
@@ -74,4 +76,56 @@ def test_averages_that_are_not_all_there(tmp_path: Path) -> None:
     torch.save(state, path)
     assert inspect_model(path).missing == (f"{UNET}out.2.bias",)
     with pytest.raises(CheckpointError, match=r"missing \(1\): model.diffusion_model.out.2.bias"):
+        load_single_file(path, dtype=None)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "integers"])
+def test_averages_that_do_not_fit_are_passed_by_unless_asked_for(
+    tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "a.ckpt"
+    model = build("ldm-unconditional")
+    save_single_file(model, path)
+    state = open_tensors(path).read()
+    own = {key: tensor for key, tensor in state.items() if key.startswith(UNET)}
+    averages = {average_of(key): tensor + 1.0 for key, tensor in own.items()}
+    first = next(iter(averages))
+    if damage == "missing":
+        del averages[first]
+    else:
+        averages[first] = torch.zeros(3) if damage == "shape" else averages[first].int()
+    torch.save(state | averages, path)
+    loaded = load_single_file(path, dtype=None)
+    expected = model.unet.state_dict()
+    assert all(torch.equal(t, expected[k]) for k, t in loaded.model.unet.state_dict().items())
+    assert any("own weights were taken, as not all averages are there" in n for n in loaded.notes)
+    with pytest.raises(CheckpointError, match=r"1 of \d+ averaged weights are missing or do not"):
+        load_single_file(path, dtype=None, weights="ema")
+    assert inspect_model(path).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("marked", "words"),
+    [
+        (torch.ones(3), r"its tensor scale_factor is \(3,\), expected one number"),
+        (None, "scale_factor is -1.0, expected 1e-09 to 1e"),
+    ],
+)
+def test_scales_that_cannot_be_are_told_before_loading(
+    tmp_path: Path, marked: torch.Tensor | None, words: str
+) -> None:
+    path = tmp_path / "a.ckpt"
+    save_single_file(build("ldm-unconditional"), path)
+    state = open_tensors(path).read()
+    if marked is not None:
+        torch.save(state | {"scale_factor": marked}, path)
+    else:
+        told = path.with_suffix(".yaml")
+        data = yaml.safe_load(told.read_text())
+        data["model"]["params"]["scale_factor"] = -1.0
+        told.write_text(yaml.safe_dump(data))
+        torch.save({k: v for k, v in state.items() if k != "scale_factor"}, path)
+    (problem,) = inspect_model(path).problems
+    assert re.search(words, problem)
+    with pytest.raises(CheckpointError, match=words):
         load_single_file(path, dtype=None)

@@ -285,11 +285,17 @@ BOMB = "a: &a [x, x]\n" + "\n".join(
         (b"\xff\xfe\x00", "cannot be read"),
         (b"a: " + b"[" * 5000, "line 1: refused: nested more than 64 deep"),
         (b"# " + b"x" * (1 << 20), "has more than 1,048,576 bytes"),
-        (BOMB.encode() + b"\nmodel: *o", "line 2: refused: the alias *a stands for other lines"),
+        (BOMB.encode() + b"\nmodel: *o", "refused: more than 131,072 values"),
+        (
+            b"a: &a " + b"[" * 40 + b"]" * 40 + b"\nb: " + b"[" * 40 + b"*a" + b"]" * 40,
+            "line 2: refused: nested more than 64 deep",
+        ),
+        (b"a: &a [*a]", "line 1: refused: the alias *a stands for no lines above it"),
         (b"model: {<<: {a: 1}}", "line 1: refused: << merges other lines"),
         (b"{}", "required, but missing"),
     ],
-    ids=["list", "broken", "object", "bytes", "deep", "large", "bomb", "merge", "empty"],
+    ids=["list", "broken", "object", "bytes", "deep", "large", "bomb"]
+    + ["deep by aliases", "itself", "merge", "empty"],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.yaml"

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import build
 from tiny_pipelines import CONDITIONERS, edit
 
 from mezzotint.checkpoints.inspect import inspect_model
 from mezzotint.checkpoints.load import load_any
+from mezzotint.checkpoints.model import save_model
+from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
 from mezzotint.errors import CheckpointError
 
 Folders = Callable[[str], Path]
@@ -161,3 +164,38 @@ def test_a_run_and_what_is_no_model(copied: Folders, tmp_path: Path) -> None:
         CheckpointError, match="lora: this is an adapter and no model; give it with"
     ):
         inspect_model(tmp_path / "lora")
+
+
+def test_statistics_of_other_latents_are_told_as_when_loading(copied: Folders) -> None:
+    folder = copied("clip")
+    edit(folder / "vae" / "config.json", latents_mean=[0.0] * 5, latents_std=[1.0] * 5)
+    (problem,) = inspect_model(folder).problems
+    assert "the statistics of latents have 5 channels" in problem
+    with pytest.raises(CheckpointError, match="the statistics of latents have 5 channels"):
+        load_any(folder)
+    edit(folder / "vae" / "config.json", latents_mean=[0.0] * 5, latents_std=[1e-300] * 5)
+    (problem,) = inspect_model(folder).problems
+    assert "latents_std" in problem and "each 1e-09 to 1e+09" in problem
+
+
+def test_files_of_weights_that_are_not_read_are_left_out(copied: Folders) -> None:
+    folder = copied("clip")
+    more = ["unet/diffusion_pytorch_model.non_ema.safetensors", "unet_ema/model.bin"]
+    for name in more:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / UNET, folder / name)
+    left_out = load_any(folder).left_out
+    assert set(more) <= set(left_out) and UNET not in left_out
+
+
+def test_tokens_of_another_width_than_the_network_s_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build("ldm-class")
+    width = model.conditioner.config.width
+    config = ClassConditionerConfig(width=width + 8, class_names=("a", "b"))
+    model.conditioner = ClassConditioner(config)
+    save_model(model, tmp_path / "a")
+    (problem,) = inspect_model(tmp_path / "a").problems
+    assert f"the conditioner's tokens are {width + 8} wide" in problem
+    with pytest.raises(CheckpointError, match=f"tokens are {width + 8} wide"):
+        load_any(tmp_path / "a")

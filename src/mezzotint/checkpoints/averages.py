@@ -7,11 +7,12 @@ beside it, theirs is looked up by ours; in a file of averages alone the dots are
 
 import re
 
+from mezzotint.checkpoints.compvis import Rule
 from mezzotint.checkpoints.loaded import Weights
 from mezzotint.checkpoints.recognition import EMA, Recognised
 from mezzotint.checkpoints.sketch import PREFIXES
 from mezzotint.errors import CheckpointError
-from mezzotint.storage.tensors import Tensors
+from mezzotint.storage.tensors import TensorInfo, Tensors
 
 __all__ = ["average_of", "takes_averages", "with_averages_alone"]
 
@@ -83,7 +84,7 @@ def takes_averages(
         alone: Whether there are none but averages, which already stand for the UNet's own.
 
     Raises:
-        CheckpointError: If those are asked for that are not there, or not all.
+        CheckpointError: If those are asked for that are not there, or not all, or do not fit.
     """
     path = found.paths[0]
     if alone and weights == "raw":
@@ -101,17 +102,26 @@ def takes_averages(
         return False
     rules = found.maps["unet"].rules
     averages = [average_of(PREFIXES["unet"] + rule.theirs) for rule in rules]
-    if lacking := [name for name in averages if name not in tensors]:
-        if weights == "ema":
-            raise CheckpointError(
-                f"{path}: {len(lacking)} of {len(averages)} averaged weights are missing,"
-                f" the first is {lacking[0]}; say --weights raw"
-            )
-        return False
-    for rule, name in zip(rules, averages, strict=True):
-        if tensors[name].shape != tuple(rule.theirs_shape):
-            raise CheckpointError(
-                f"{path}: {name} is {tensors[name].shape} where"
-                f" {tuple(rule.theirs_shape)} was expected; say --weights raw"
-            )
-    return True
+    unfit = [
+        f"{name} is {_state(tensors.get(name))} where {tuple(rule.theirs_shape)} was expected"
+        for rule, name in zip(rules, averages, strict=True)
+        if not _fits(tensors.get(name), rule)
+    ]
+    if unfit and weights == "ema":
+        raise CheckpointError(
+            f"{path}: {len(unfit)} of {len(averages)} averaged weights are missing or do not fit,"
+            f" the first: {unfit[0]}; say --weights raw"
+        )
+    return not unfit
+
+
+def _fits(found: TensorInfo | None, rule: Rule) -> bool:
+    return (
+        found is not None
+        and found.shape == tuple(rule.theirs_shape)
+        and found.dtype.is_floating_point
+    )
+
+
+def _state(found: TensorInfo | None) -> str:
+    return "missing" if found is None else f"{found.shape} of {found.dtype}"

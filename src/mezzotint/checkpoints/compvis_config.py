@@ -151,7 +151,12 @@ def parse_compvis_config(data: Mapping[str, Any], path: Path) -> CompvisConfig:
     schedule, size = _read_schedule(params), params.count("image_size", 256)
     params.ignore(_TRAINING)
     # what forks add to train on, such as personalization_config, has no tensor of the model
-    params.leave_out(lambda _, value: isinstance(value, dict) and "target" in value)
+    params.leave_out(
+        lambda name, value: (
+            (isinstance(value, dict) and "target" in value)
+            or (not isinstance(value, dict | list) and not params.is_near(name))
+        )
+    )
     params.finish()
     found = CompvisConfig(
         path=path,

@@ -51,6 +51,7 @@ __all__ = [
     "ExpectedWeights",
     "build_conditioner",
     "clip_weights",
+    "read_token_width",
     "expected_weights",
     "load_conditioner",
     "published_tokenizer",
@@ -194,6 +195,23 @@ def expected_weights(folder: Path) -> tuple[ExpectedWeights, ...]:
     else:
         tensors = _build(folder, config, tokenizer).state_dict()
     return (ExpectedWeights(kind.__name__, path, tensors),) if tensors else ()
+
+
+def read_token_width(folder: Path) -> int | None:
+    """Return the width of the tokens that a conditioner gives; None if it gives none.
+
+    Args:
+        folder: From `save_conditioner`.
+
+    Raises:
+        CheckpointError: If a configuration or a tokenizer is missing or damaged.
+    """
+    kind, config, _ = _read(folder)
+    if kind is HybridConditioner:
+        return read_token_width(folder / PARTS[0])
+    if isinstance(config, ClipConditionerConfig):
+        return config.hidden_size
+    return getattr(config, "width", None)
 
 
 def clip_weights(config: ClipConditionerConfig, path: Path) -> dict[str, TensorInfo]:

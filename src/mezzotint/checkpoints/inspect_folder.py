@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mezzotint.checkpoints.conditioners import clip_weights, expected_weights
+from mezzotint.checkpoints.conditioners import clip_weights, expected_weights, read_token_width
 from mezzotint.checkpoints.folder import STEM, build_component, compare, modern_name
 from mezzotint.checkpoints.layouts import LAYOUTS
 from mezzotint.checkpoints.model import (
     CLASS,
     as_first_stage,
     as_unet,
+    check_width,
     read_defaults,
     read_index,
     read_normalization,
@@ -32,7 +33,6 @@ from mezzotint.checkpoints.pipeline_table import (
 )
 from mezzotint.checkpoints.pipelines import (
     channels_beside,
-    check_width,
     default_scale,
     trained_size,
 )
@@ -67,6 +67,7 @@ class FolderReport:
         notes: Sentences on what else a user should know.
         schedule: What its scheduler says, if it can be read.
         image_size: Height and width in pixels that it was trained at, if that is told.
+        normalization: The statistics of its latents, if they can be read.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class FolderReport:
     notes: list[str] = field(default_factory=list[str])
     schedule: ScheduleConfig | None = None
     image_size: tuple[int, int] | None = None
+    normalization: LatentNormalization | None = None
 
     def noting(self) -> "_Noting":
         """Note a mistake of the folder's, and go on behind the block."""
@@ -149,6 +151,8 @@ def _check_ours(report: FolderReport) -> None:
         for told in expected_weights(folder / "conditioner"):
             with report.noting():
                 report.compare(told.kind, told.path, told.tensors, open_tensors(told.path))
+        if unet is not None:
+            check_width(folder, unet.config, read_token_width(folder / "conditioner"))
     report.image_size = size
     _check_whole(report, first_stage, unet)
 
@@ -185,6 +189,8 @@ def _check_pipeline(report: FolderReport, index: Mapping[str, Any], layout: Pipe
     if first_stage is not None and unet is not None:
         with report.noting():
             report.image_size = trained_size(folder, layout, first_stage.factor)
+    if layout.condition == "low_res":
+        report.normalization = None  # this pipeline decodes latents as they are
     _check_whole(report, first_stage, unet)
     if unused := unused_components(index, layout):
         absent = [name for name in unused if not (folder / name).is_dir()]
@@ -203,7 +209,8 @@ def _first_stage(
         first_stage = as_first_stage(_component(report, path), path)
         with report.noting():
             quantised = index is None or isinstance(first_stage, VQModel)
-            read_normalization(path, default_scale(quantised=quantised))
+            scale = default_scale(quantised=quantised)
+            report.normalization = read_normalization(path, scale)
         return first_stage
     return None
 
@@ -257,7 +264,7 @@ def _check_whole(report: FolderReport, first_stage: FirstStage | None, unet: UNe
     size, schedule = report.image_size, report.schedule
     if first_stage is None or unet is None or schedule is None:
         return
-    normalization = LatentNormalization.from_scale_factor(1.0)
+    normalization = report.normalization or LatentNormalization.from_scale_factor(1.0)
     try:
         LatentDiffusion(first_stage, unet, Unconditional(), schedule, normalization, size or (1, 1))
     except ConfigError as error:

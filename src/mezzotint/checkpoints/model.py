@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mezzotint.checkpoints.conditioners import load_conditioner, save_conditioner
+from mezzotint.checkpoints.conditioners import (
+    load_conditioner,
+    read_token_width,
+    save_conditioner,
+)
 from mezzotint.checkpoints.folder import (
     CONFIG,
     load_component,
@@ -22,15 +26,22 @@ from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
 from mezzotint.errors import CheckpointError, ConfigError, short
-from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.latent_diffusion import (
+    LARGEST_SCALE,
+    LEAST_SCALE,
+    FirstStage,
+    LatentDiffusion,
+    LatentNormalization,
+)
 from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
-from mezzotint.models.unet import UNet
+from mezzotint.models.unet import UNet, UNetConfig
 from mezzotint.storage.safetensors_file import narrowed
 
 __all__ = [
     "CLASS",
     "as_first_stage",
     "as_unet",
+    "check_width",
     "folded",
     "load_first_stage",
     "load_model",
@@ -93,7 +104,8 @@ def require_range(model: LatentDiffusion, dtype: torch.dtype | None) -> None:
     if dtype is None:
         return
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+        # the statistics of latents are written as text
+        if tensor.is_floating_point() and not name.startswith("normalization."):
             narrowed(name, tensor.detach().cpu(), dtype)
 
 
@@ -124,6 +136,7 @@ def read_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> Loade
     unet = load_unet(folder / "unet", dtype)
     schedule = read_scheduler(folder / "scheduler" / FILE).schedule
     conditioner = load_conditioner(folder / "conditioner", dtype)
+    check_width(folder, unet.config, read_token_width(folder / "conditioner"))
     try:
         model = LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, size)
     except ConfigError as error:
@@ -168,6 +181,15 @@ def read_defaults(index: Mapping[str, Any], path: Path) -> SamplingDefaults:
         return SamplingDefaults(**index.get("sampling", {}))
     except TypeError as error:
         raise CheckpointError(f"{path}: sampling: {error}") from None
+
+
+def check_width(folder: Path, unet: UNetConfig, width: int | None) -> None:
+    """Raise a CheckpointError if a UNet attends to tokens of another width than there are."""
+    if width is not None and width != unet.cross_attention_dim:
+        raise CheckpointError(
+            f"{folder / 'unet' / CONFIG}: cross_attention_dim is"
+            f" {unet.cross_attention_dim}, but the conditioner's tokens are {width} wide"
+        )
 
 
 def load_unet(folder: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
@@ -285,8 +307,10 @@ def read_normalization(folder: Path, scale_factor: float = 1.0) -> LatentNormali
     """
     keys = Keys(read_component_config(folder))
     mean, std = keys.numbers("latents_mean"), keys.numbers("latents_std")
-    if mean and std and (len(mean) != len(std) or min(std) <= 0):
-        keys.problem("latents_std", std, "as many numbers above 0 as latents_mean has")
+    least, most = 1 / LARGEST_SCALE, 1 / LEAST_SCALE
+    if mean and std and (len(mean) != len(std) or not least <= min(std) <= max(std) <= most):
+        wanted = f"as many numbers as latents_mean has, each {least:g} to {most:g}"
+        keys.problem("latents_std", std, wanted)
     scale = keys.take("scaling_factor", scale_factor)
     keys.require(folder / CONFIG)
     if mean and std:

@@ -23,6 +23,7 @@ from mezzotint.checkpoints.folder import (
 from mezzotint.checkpoints.layouts import LAYOUTS, config_to_layout
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.model import (
+    check_width,
     load_first_stage,
     load_unet,
     require_range,
@@ -37,7 +38,7 @@ from mezzotint.checkpoints.pipeline_table import (
     find_pipeline,
     unused_components,
 )
-from mezzotint.checkpoints.registry import INDEX
+from mezzotint.checkpoints.registry import INDEX, SINGLE_FILES
 from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
 from mezzotint.checkpoints.text_encoders import (
     clip_name,
@@ -67,7 +68,6 @@ from mezzotint.storage.tensors import open_tensors
 
 __all__ = [
     "channels_beside",
-    "check_width",
     "default_scale",
     "load_pipeline",
     "save_pipeline",
@@ -136,11 +136,15 @@ def _not_used(index: Mapping[str, Any], layout: PipelineLayout) -> Iterator[str]
 
 
 def _left_out(folder: Path, layout: PipelineLayout) -> tuple[str, ...]:
-    """The tensors of text encoders that no picture depends on."""
-    if layout.condition != "clip" or layout.encoder is None:
-        return ()
-    stored = open_tensors(encoder_weights(folder / layout.encoder))
-    return tuple(f"{layout.encoder}/{name}" for name in stored if clip_name(name) is None)
+    """Tensors of text encoders that no picture depends on, and files of weights not read."""
+    told: list[str] = []
+    if layout.condition == "clip" and layout.encoder is not None:
+        stored = open_tensors(encoder_weights(folder / layout.encoder))
+        told += [f"{layout.encoder}/{name}" for name in stored if clip_name(name) is None]
+    read = {path.resolve() for path in _files(folder, layout)}
+    held = sorted(path for path in folder.glob("*/*") if path.suffix in SINGLE_FILES)
+    told += [path.relative_to(folder).as_posix() for path in held if path.resolve() not in read]
+    return tuple(told)
 
 
 def _read_first_stage(
@@ -219,15 +223,6 @@ def channels_beside(folder: Path, layout: PipelineLayout, unet: UNetConfig, late
             f" {choices}, as latents have {latents}"
         )
     return beside
-
-
-def check_width(folder: Path, unet: UNetConfig, width: int) -> None:
-    """Raise a CheckpointError if a UNet attends to tokens of another width than the encoder's."""
-    if width != unet.cross_attention_dim:
-        raise CheckpointError(
-            f"{folder / 'unet' / CONFIG}: cross_attention_dim is"
-            f" {unet.cross_attention_dim}, but the text encoder is {width} wide"
-        )
 
 
 def trained_size(folder: Path, layout: PipelineLayout, factor: int) -> tuple[int, int]:

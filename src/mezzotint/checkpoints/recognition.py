@@ -22,7 +22,7 @@ from mezzotint.checkpoints.telling import tell_family, tell_prediction, tell_siz
 from mezzotint.config import Config
 from mezzotint.diffusion.schedule import PredictionType, ScheduleConfig
 from mezzotint.errors import CheckpointError, ConfigError, short
-from mezzotint.latent_diffusion import FirstStage
+from mezzotint.latent_diffusion import LARGEST_SCALE, LEAST_SCALE, FirstStage
 from mezzotint.models.autoencoder import (
     AutoencoderKL,
     AutoencoderKLConfig,
@@ -155,7 +155,14 @@ def recognise(
     ]
     published = found.settings(fields["first_stage"]).scale_factor if config is None else None
     scale = config.scale_factor if config else published
-    if scale is None and "scale_factor" not in tensors:
+    if scale is not None and not LEAST_SCALE <= scale <= LARGEST_SCALE:
+        problems.append(
+            f"scale_factor is {short(scale)}, expected {LEAST_SCALE:g} to {LARGEST_SCALE:g}"
+        )
+    stored = tensors.get("scale_factor")
+    if stored is not None and math.prod(stored.shape) != 1:
+        problems.append(f"its tensor scale_factor is {tuple(stored.shape)}, expected one number")
+    if scale is None and stored is None:
         problems.append(
             "its YAML says scale_by_std, but it holds no tensor scale_factor; say the number as"
             " scale_factor in model.params of the YAML"
@@ -173,7 +180,7 @@ def recognise(
         main=configs.get("main"),
         spatial=configs.get("spatial"),
         schedule=cast(ScheduleConfig | None, configs.get("schedule")),
-        scale_factor=None if "scale_factor" in tensors else scale,
+        scale_factor=None if stored is not None else scale,
         image_size=(height, width),
         parameters={
             part: sum(math.prod(shape) for shape in shapes.values())

@@ -102,7 +102,7 @@ def load_single_file(
         notes=(
             *_guesses(found, told),
             *([disagreement] if disagreement else []),
-            *_choices(found, averaged, alone),
+            *_choices(found, averaged, alone, weights),
         ),
         left_out=tuple(_left_out(found, tensors, averaged)),
     )
@@ -195,9 +195,7 @@ def _assemble(
     scale = found.scale_factor
     if scale is None:
         stored = tensors.read(torch.float64, ["scale_factor"])["scale_factor"]
-        scale = float(stored) if stored.numel() == 1 else 0.0
-        if not 0 < scale < float("inf"):
-            raise CheckpointError(f"{found.paths[0]}: scale_factor is {scale}, expected above 0")
+        scale = float(stored)
     normalization = LatentNormalization.from_scale_factor(scale)
     return LatentDiffusion(
         first_stage, unet, conditioner, found.schedule, normalization, found.image_size
@@ -272,12 +270,13 @@ def _guesses(found: Recognised, told: CompvisConfig | None) -> Iterator[str]:
         yield from told.notes
 
 
-def _choices(found: Recognised, averaged: bool, alone: bool) -> Iterator[str]:
+def _choices(found: Recognised, averaged: bool, alone: bool, weights: Weights) -> Iterator[str]:
     if alone:
         yield "the file has averaged weights of the UNet alone, and they were taken"
     elif found.has_ema:
         kind = "averaged weights of the UNet were" if averaged else "UNet's own weights were"
-        yield f"the {kind} taken; --weights chooses"
+        why = "" if averaged or weights == "raw" else ", as not all averages are there and fit"
+        yield f"the {kind} taken{why}; --weights chooses"
     if found.unexpected:
         yield f"left out, as unknown: {listed(found.unexpected)}"
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +24,7 @@ _MOST_VALUES = 1 << 17  # a file that names its classes may have tens of thousan
 _MOST_NAMED = 8  # of the keys that nothing is known of
 _MOST_NUMBERS = 64  # of a list that has one for each level
 _WIDEST = 1 << 16  # of a level over the first
-_NEAR = 0.8  # of how alike two keys are
+_NEAR = 0.75  # of how alike two keys are
 _LARGEST = 1 << 53  # no float counts further one by one
 _MERGE = "tag:yaml.org,2002:merge"
 Kinds = type | tuple[type, ...]
@@ -70,27 +71,58 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], data)
 
 
+@dataclass
+class _Opened:
+    """A list or mapping of a file while it is gone through.
+
+    Attributes:
+        anchor: What aliases of it are called.
+        values: Values before it; once it is at its end, those in it.
+        deepest: How deep it is nested.
+    """
+
+    anchor: str | None
+    values: int
+    deepest: int = 0
+
+
 def _construct(text: str, path: Path) -> Any:
-    """Make the values of a file of which every one stands there in full, and only once.
+    """Make the values of a file, if they are few enough with every alias written out.
 
     A line that stands for others may be repeated by others again, so that a few of them would take
-    all memory; no file of the original code has any.
+    all memory.
     """
-    depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        what = None
+    opened: list[_Opened] = [_Opened(None, 0)]
+    closed: dict[str, _Opened] = {}
+    count = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        what, depth = None, len(opened)
+        if isinstance(event, yaml.CollectionEndEvent):
+            last = opened.pop()
+            opened[-1].deepest = max(opened[-1].deepest, last.deepest + 1)
+            if last.anchor is not None:
+                closed[last.anchor] = replace(last, values=count - last.values)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append(_Opened(event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor is not None:
+                closed[event.anchor] = _Opened(event.anchor, 1)
+            if event.tag == _MERGE or (event.implicit[0] and event.value == "<<"):
+                what = "<< merges other lines; write them out"
+        elif isinstance(event, yaml.AliasEvent):
+            told = closed.get(event.anchor)
+            if told is None:  # of what is not yet at its end, or of nothing
+                what = f"the alias *{event.anchor[:80]} stands for no lines above it"
+            else:
+                count += told.values
+                depth += told.deepest
+                opened[-1].deepest = max(opened[-1].deepest, told.deepest + 1)
         if depth > _MOST_NESTED:
             what = f"nested more than {_MOST_NESTED} deep"
         elif count > _MOST_VALUES:
             what = f"more than {_MOST_VALUES:,} values"
-        elif isinstance(event, yaml.AliasEvent):
-            what = f"the alias *{event.anchor[:80]} stands for other lines; write them out"
-        elif isinstance(event, yaml.ScalarEvent) and (
-            event.tag == _MERGE or (event.implicit[0] and event.value == "<<")
-        ):
-            what = "<< merges other lines; write them out"
         if what is not None:
             where = f"{path}, line {event.start_mark.line + 1}"
             raise ConfigError(f"{where}: refused: {what}")
