@@ -133,7 +133,7 @@ def test_channels_that_nothing_is_known_for(
 def test_a_text_encoder_of_another_width_is_refused(copied: Callable[[str], Path]) -> None:
     folder = copied("clip")
     save_component(unet(clip(), cross_attention_dim=24), folder / "unet", {"sample_size": 8})
-    message = "cross_attention_dim is 24, but the text encoder is 16 wide"
+    message = "cross_attention_dim is 24, but the conditioner's tokens are 16 wide"
     with pytest.raises(CheckpointError, match=message) as failed:
         load_pipeline(folder)
     assert inspect_model(folder).problems == (str(failed.value),)
