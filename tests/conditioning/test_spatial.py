@@ -79,6 +79,14 @@ def test_small_pictures_pass_as_they_are():
         model(ConditionInputs(count=2, low_res=draw(2, 4, 8, 8)))
 
 
+def test_larger_pictures_are_folded_onto_the_latents_and_nothing_is_lost():
+    model = LowResConditioner(LowResConditionerConfig(fold=2))
+    given = draw(2, 3, 8, 6)
+    found = model(ConditionInputs(count=2, low_res=given)).concat
+    assert found.shape == (2, model.concat_channels, 4, 3)
+    assert torch.equal(torch.nn.functional.pixel_shuffle(found, 2), given)
+
+
 def inpainting(**fields: Any) -> InpaintingConditioner:
     return InpaintingConditioner(InpaintingConditionerConfig(**fields))
 
@@ -145,7 +153,12 @@ def test_each_says_what_it_wants_and_gives_nothing_else(wants: str):
     assert cond.concat.shape == (2, channels, 2, 2)
     assert model.concat_channels == channels
     assert cond.crossattn is None and cond.vector is None
-    assert torch.equal(model(inputs, torch.ones(2, dtype=torch.bool)).concat, cond.concat)
+    half = model(inputs, torch.tensor([True, False])).concat
+    assert torch.equal(half[1], cond.concat[1])
+    null = torch.zeros(channels, 2, 2)
+    if wants == "inpainting":
+        null[0] = 1.0  # draw everything
+    assert torch.equal(half[0], null)
     with pytest.raises(RequestError, match="the model wants a .*, but was given a prompt"):
         model(ConditionInputs(count=2, captions=["a", "b"]))
 
@@ -185,6 +198,15 @@ def test_only_the_main_part_of_a_hybrid_is_dropped_and_the_halves_can_be_joined(
     torch.testing.assert_close(null.crossattn, model.null(2).crossattn)
     assert torch.equal(null.concat, cond.concat)
     assert cond.cat(null).concat.shape == (4, 5, 2, 2)
+
+
+def test_the_spatial_part_of_a_hybrid_has_a_dropout_of_its_own():
+    model = hybrid()
+    cond = model(HYBRID_INPUTS, torch.tensor([True, False]), torch.tensor([False, True]))
+    torch.testing.assert_close(cond.crossattn[0], model.null(2).crossattn[0])
+    assert torch.equal(cond.crossattn[1], model(HYBRID_INPUTS).crossattn[1])
+    assert torch.equal(cond.concat[0], model(HYBRID_INPUTS).concat[0])
+    assert bool((cond.concat[1, 0] == 1).all()) and not cond.concat[1, 1:].any()
 
 
 def test_a_null_without_the_picture_is_never_taken_for_one_with_it():

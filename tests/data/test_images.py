@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mezzotint.data import FolderData, FolderDataConfig, open_data
+from mezzotint.data import Description, FolderData, FolderDataConfig, open_data
 from mezzotint.data.decoding import read_image
 from mezzotint.errors import ConfigError, DataError, MissingExtraError
 
@@ -63,7 +63,7 @@ def test_sub_folders_are_classes(classes: Path) -> None:
         example = data.load(index)
         assert example.image.shape == (3, 16, 16) and example.image.dtype == torch.uint8
         assert example.caption is None
-        assert data.describe(index) == (None, example.label)
+        assert data.describe(index) == Description(None, example.label)
         assert example.label == example.image.float().mean((1, 2)).argmax()
         assert example.name == f"{data.class_names[example.label]}/{index % 4}.png"
 
@@ -216,7 +216,7 @@ def test_flip_mirrors_half_of_the_views(tmp_path: Path) -> None:
 
 def test_pixels_that_do_not_fit_in_memory_are_read_again(classes: Path) -> None:
     kept, again = open_folder(classes), open_folder(classes, cache_limit_mib=0)
-    assert again._pixels is None
+    assert kept._files.in_memory and not again._files.in_memory
     for index in range(len(kept)):
         assert torch.equal(kept.load(index).image, again.load(index).image)
     shutil.rmtree(classes / "sea")

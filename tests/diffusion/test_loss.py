@@ -51,6 +51,12 @@ def test_simple_is_the_error_of_the_prediction(prediction: str, share: int) -> N
     torch.testing.assert_close(loss, (schedule.snr(T) + share) * squared, rtol=1e-3, atol=0)
 
 
+def test_the_error_may_be_absolute() -> None:
+    schedule = make("sample")
+    loss = loss_of_guess(schedule, X0 + 0.1 * ERROR, deviation="absolute")
+    torch.testing.assert_close(loss, (0.1 * ERROR).abs().flatten(1).mean(1), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighting", ["simple", "min_snr"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_right_prediction_costs_nothing(prediction: str, weighting: str) -> None:

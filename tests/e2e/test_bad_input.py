@@ -82,11 +82,20 @@ def test_a_first_stage_that_is_not_there(tiny, tmp_path):
     assert "no autoencoder here" in refused("train", str(recipe), cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["in_channels", "out_channels"])
-def test_widths_that_do_not_fit(tiny, tmp_path, name):
-    recipe = tiny.write(tmp_path / "recipe.yaml", "diffusion", **{f"unet__{name}": 3})
-    line = refused("train", str(recipe), cwd=tmp_path)
-    assert f"{name} is 3, but the first stage has 4 latent channels" in line
+@pytest.mark.parametrize(
+    ("widths", "words"),
+    [
+        ({"unet__in_channels": 3}, "unet.in_channels is 3; expected 4: 4 of the noisy latent"),
+        ({"unet__out_channels": 3}, "unet.in_channels is 4; expected 3: 3 of the noisy latent"),
+        (
+            {"unet__in_channels": 3, "unet__out_channels": 3},
+            "in_channels is 3, but the first stage has 4 latent channels",
+        ),
+    ],
+)
+def test_widths_that_do_not_fit(tiny, tmp_path, widths, words):
+    recipe = tiny.write(tmp_path / "recipe.yaml", "diffusion", **widths)
+    assert words in refused("train", str(recipe), cwd=tmp_path)
 
 
 def test_a_damaged_index(text_run, tmp_path):

@@ -324,7 +324,7 @@ def test_targets_are_found_by_name(tmp_path: Path, write_pictures: Write) -> Non
     data = describe([f"picture {name}" for name in pictures.names])
     targets = targets_of(data, 6, pictures.names)
     assert isinstance(targets, list)
-    captions = [data.describe(k)[0] for k in spread(6, 4)]
+    captions = [data.describe(k).caption for k in spread(6, 4)]
     assert [f"picture {pictures.names[k]}" for k in targets] == captions
     assert "not among those compared with" in str(targets_of(data, 6, pictures.names[1:]))
     same = describe(["one", "two", "two", "three"])

@@ -78,6 +78,12 @@ class Conditioning:
         """Repeat a batch of one ``count`` times."""
         return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
+    def crop(self, rows: slice, columns: slice) -> "Conditioning":
+        """Return the same value with ``concat`` of a part of the latents only."""
+        if self.concat is None:
+            return self
+        return replace(self, concat=self.concat[..., rows, columns])
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Conditioning(
@@ -135,7 +141,7 @@ class ConditionInputs:
         labels: One class index a sample.
         layouts: The boxes of each sample.
         maps: ``(B, H, W)`` integer class of every pixel.
-        low_res: ``(B, 3, h, w)`` small images in -1..1, as large as the latents.
+        low_res: ``(B, 3, h, w)`` small images in -1..1; see `LowResConditionerConfig`.
         masked_latents: ``(B, C, h, w)`` normalised latents of the images without what is to be
             drawn.
         mask: ``(B, 1, h, w)``, 1 where to draw and 0 where to keep.

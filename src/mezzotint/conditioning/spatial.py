@@ -1,7 +1,9 @@
 """Conditions that are pictures, concatenated to the noisy latent (paper, section 4.3.2).
 
-None of them is ever dropped, and guidance does not act on them: both halves of a guided batch see
-the same picture. So ``drop`` leaves them as they are, and their null has nothing to concatenate.
+What is concatenated for a sample whose condition is dropped is zero all over, but for the mask of
+inpainting, which is then "draw everything". Without the inputs nobody knows how large that is: so
+`null` has nothing to concatenate, and the null of a batch is ``conditioner(inputs, drop)``.
+Guidance does not act on these conditions: both halves of a guided batch see the same picture.
 """
 
 from dataclasses import replace
@@ -25,6 +27,7 @@ __all__ = [
     "SemanticMapConditioner",
     "SemanticMapConditionerConfig",
     "main_conditioner",
+    "spatial_conditioner",
 ]
 
 
@@ -80,7 +83,7 @@ class SemanticMapConditioner(Conditioner):
         x = F.embedding(maps, vectors).movedim(-1, 1)
         for _ in range(self.config.stages):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
-        return Conditioning(concat=x)
+        return Conditioning(concat=_without(x, drop))
 
     def null(self, count: int) -> Conditioning:
         """Return the empty condition."""
@@ -88,30 +91,35 @@ class SemanticMapConditioner(Conditioner):
 
 
 class LowResConditionerConfig(Config):
-    """Small pictures as they are.
+    """Small pictures, pixel by pixel.
 
     Attributes:
         channels: Of the pictures.
+        fold: How many times as wide and as high as the latents the pictures are. The fold x fold
+            pixels that fall on a latent become channels of it, so that none of them is lost.
     """
 
     kind: Literal["low_res"] = "low_res"
     channels: Width = 3
+    fold: int = Field(default=1, ge=1, le=16)
 
 
 class LowResConditioner(Conditioner):
-    """Small pictures ``(B, channels, h, w)`` as they are, for super-resolution.
+    """Small pictures ``(B, channels, fold h, fold w)``, for super-resolution.
+
+    With f of the first stage, pictures become f / fold times as large.
 
     Args:
-        config: Their channels.
+        config: Their channels and size.
     """
 
     wants_concat = "low_res"
-    description = "a small picture (--image)"
+    description = "a small picture (--low-res)"
 
     def __init__(self, config: LowResConditionerConfig) -> None:
         super().__init__()
         self.config = config
-        self.concat_channels = config.channels
+        self.concat_channels = config.channels * config.fold**2
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration."""
@@ -122,7 +130,8 @@ class LowResConditioner(Conditioner):
         self.require(inputs.low_res, inputs)
         assert inputs.low_res is not None
         _expect_channels("low_res", inputs.low_res, self.config.channels)
-        return Conditioning(concat=inputs.low_res)
+        folded = F.pixel_unshuffle(inputs.low_res, self.config.fold)
+        return Conditioning(concat=_without(folded, drop))
 
     def null(self, count: int) -> Conditioning:
         """Return the empty condition."""
@@ -181,6 +190,9 @@ class InpaintingConditioner(Conditioner):
                 f"mask: is {mask.shape[3]}x{mask.shape[2]}, but the latents are"
                 f" {latents.shape[3]}x{latents.shape[2]}; they must be of one size"
             )
+        if drop is not None:
+            mask = mask.where(~_rows(drop, mask), 1.0)
+            latents = _without(latents, drop)
         if self.config.signed_mask:
             mask = 2.0 * mask - 1.0
         parts = [mask, latents] if self.config.order == "mask_first" else [latents, mask]
@@ -217,9 +229,21 @@ class HybridConditioner(Conditioner):
             "spatial": self.spatial.settings(),
         }
 
-    def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
-        """Condition on what both parts want; see `Conditioner.forward`."""
-        return replace(self.main(inputs, drop), concat=self.spatial(inputs).concat)
+    def forward(
+        self,
+        inputs: ConditionInputs,
+        drop: Tensor | None = None,
+        drop_spatial: Tensor | None = None,
+    ) -> Conditioning:
+        """Condition on what both parts want; see `Conditioner.forward`.
+
+        Args:
+            inputs: What the samples are to be.
+            drop: ``(B,)`` bool, true where the main part is replaced by its null.
+            drop_spatial: The same of the spatial part, which guidance never drops.
+        """
+        spatial = self.spatial(inputs, drop_spatial)
+        return replace(self.main(inputs, drop), concat=spatial.concat)
 
     def null(self, count: int) -> Conditioning:
         """Return the main part's null, without anything to concatenate.
@@ -233,6 +257,20 @@ class HybridConditioner(Conditioner):
 def main_conditioner(conditioner: Conditioner) -> Conditioner:
     """Return what conditions by cross-attention, without a companion that concatenates."""
     return conditioner.main if isinstance(conditioner, HybridConditioner) else conditioner
+
+
+def spatial_conditioner(conditioner: Conditioner) -> Conditioner:
+    """Return what conditions by concatenation, without a companion for cross-attention."""
+    return conditioner.spatial if isinstance(conditioner, HybridConditioner) else conditioner
+
+
+def _rows(drop: Tensor, like: Tensor) -> Tensor:
+    return drop.to(like.device).view(-1, 1, 1, 1)
+
+
+def _without(concat: Tensor, drop: Tensor | None) -> Tensor:
+    """Zeros in place of what is dropped."""
+    return concat if drop is None else concat.masked_fill(_rows(drop, concat), 0.0)
 
 
 def _expect_channels(name: str, value: Tensor, channels: int) -> None:

@@ -1,15 +1,21 @@
-"""Data sets: the embedded emoji and a user's own folder, one example by its index."""
+"""Data sets: emoji, scenes composed of them and a user's own, one example by its index."""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from mezzotint.data.base import Example, Fault, ImageData
+from mezzotint.data.base import Description, Example, Fault, ImageData
+from mezzotint.data.coco import CocoData, CocoDataConfig
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.data.images import FolderData, FolderDataConfig
+from mezzotint.data.maps import MapFolderData, MapFolderDataConfig
+from mezzotint.data.scenes import ScenesData, ScenesDataConfig
 
 __all__ = [
+    "CocoData",
+    "CocoDataConfig",
     "DataConfig",
+    "Description",
     "EmojiData",
     "EmojiDataConfig",
     "Example",
@@ -17,13 +23,20 @@ __all__ = [
     "FolderData",
     "FolderDataConfig",
     "ImageData",
+    "MapFolderData",
+    "MapFolderDataConfig",
+    "ScenesData",
+    "ScenesDataConfig",
     "open_data",
 ]
 
-DataConfig = Annotated[EmojiDataConfig | FolderDataConfig, Field(discriminator="kind")]
+AnyDataConfig = (
+    EmojiDataConfig | FolderDataConfig | ScenesDataConfig | CocoDataConfig | MapFolderDataConfig
+)
+DataConfig = Annotated[AnyDataConfig, Field(discriminator="kind")]
 
 
-def open_data(config: EmojiDataConfig | FolderDataConfig) -> ImageData:
+def open_data(config: AnyDataConfig) -> ImageData:
     """Open the data set that a configuration describes.
 
     Raises:
@@ -31,4 +44,14 @@ def open_data(config: EmojiDataConfig | FolderDataConfig) -> ImageData:
         DataError: If the data are missing or too many files are broken.
         MissingExtraError: If a folder is asked for without the extra ``train``.
     """
-    return EmojiData(config) if isinstance(config, EmojiDataConfig) else FolderData(config)
+    match config:
+        case EmojiDataConfig():
+            return EmojiData(config)
+        case ScenesDataConfig():
+            return ScenesData(config)
+        case CocoDataConfig():
+            return CocoData(config)
+        case MapFolderDataConfig():
+            return MapFolderData(config)
+        case FolderDataConfig():
+            return FolderData(config)

@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Example", "Fault", "ImageData"]
+from mezzotint.conditioning.base import Box
+
+__all__ = ["Description", "Example", "Fault", "ImageData"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,26 @@ class Example:
         caption: What the picture shows, in words.
         label: Index into the data set's ``class_names``.
         name: What messages call it: a concept's name, or a path inside the user's folder.
+        boxes: Where its objects are; their labels index ``class_names``.
+        map: ``(H, W)`` uint8, 0 where the background shows, elsewhere 1 + the object's class.
     """
 
     image: Tensor
     caption: str | None
     label: int | None
     name: str
+    boxes: tuple[Box, ...] | None = None
+    map: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is known of one picture, without the picture; see `Example` for the attributes."""
+
+    caption: str | None
+    label: int | None
+    boxes: tuple[Box, ...] | None = None
+    map: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +55,7 @@ class ImageData(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, or None if the examples carry no label."""
+        """Names of the classes of labels, boxes and maps; None if there are none."""
         ...
 
     @property
@@ -64,12 +80,15 @@ class ImageData(Protocol):
         ...
 
     def describe(
-        self, index: int, generator: torch.Generator | None = None
-    ) -> tuple[str | None, int | None]:
-        """Return caption and label of an example without its picture.
+        self, index: int, generator: torch.Generator | None = None, *, with_map: bool = False
+    ) -> Description:
+        """Return what is known of an example without its picture.
 
         Args:
             index: From 0 to ``len - 1``.
-            generator: Decides the caption, alone; None gives the plain one.
+            generator: Decides the caption, alone, and the view where boxes and maps move with it;
+                None gives the plain ones.
+            with_map: Whether to draw the map, if the data have maps; it costs about what the
+                picture would.
         """
         ...

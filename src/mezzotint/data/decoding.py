@@ -1,14 +1,31 @@
-"""An image file of any kind to 8-bit RGB pixels, upright and at a resolution."""
+"""Image files of any kind to 8-bit RGB pixels, upright and at a resolution; maps to classes."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-__all__ = ["Pixels", "read_image"]
+__all__ = ["DecodedImage", "Pixels", "decode_image", "decode_map", "frame_size", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
+
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+
+class DecodedImage(NamedTuple):
+    """Pixels at a resolution, and the size that the picture had, upright.
+
+    Attributes:
+        pixels: ``(H, W, 3)``, or ``(H, W)`` of a map.
+        width: Of the whole picture as it was stored, in pixels.
+        height: Likewise.
+    """
+
+    pixels: Pixels
+    width: int
+    height: int
 
 
 def read_image(content: bytes, resolution: int, square: bool) -> Pixels:
@@ -26,26 +43,94 @@ def read_image(content: bytes, resolution: int, square: bool) -> Pixels:
         ValueError: If its pixels have no known range, as floating-point ones.
         OSError: If it is damaged, or no image. Decoders may raise others.
     """
+    return decode_image(content, resolution, square).pixels
+
+
+def decode_image(content: bytes, resolution: int, square: bool) -> DecodedImage:
+    """Decode an image file; see `read_image`."""
     with Image.open(io.BytesIO(content)) as picture:
-        short = min(picture.size)
+        stored = picture.size
+        short = min(stored)
         if short >= 4 * resolution:
             # JPEG can decode at a fraction of its size; half of it stays for the antialiasing
             factor = short // (2 * resolution)
             picture.draft(None, (picture.width // factor, picture.height // factor))
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
         upright = _to_rgb(ImageOps.exif_transpose(picture))
-    width, height = upright.size
+    seen = _resize(upright, resolution, square, Image.Resampling.LANCZOS)
+    return DecodedImage(np.asarray(seen), *(stored[::-1] if turned else stored))
+
+
+def decode_map(
+    content: bytes, resolution: int, square: bool, table: npt.NDArray[np.int16]
+) -> DecodedImage:
+    """Decode a picture whose values are classes, cut as `read_image` cuts and never mixed.
+
+    Args:
+        content: The bytes of the file: grey of 8 or 16 bits, a palette whose indices count, or
+            colour whose channels are equal.
+        resolution: Pixels of the short side.
+        square: Whether to keep only the central square.
+        table: What each value becomes, 0 to 255; -1 where there is no such value.
+
+    Returns:
+        ``pixels`` are ``(H, W)`` uint8.
+
+    Raises:
+        ValueError: If the picture is of another kind, or a value has no meaning.
+        OSError: If it is damaged, or no image. Decoders may raise others.
+    """
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.format == "JPEG":
+            raise ValueError("is a JPEG, which does not keep classes; store maps as PNG")
+        values = _class_values(picture)
+    height, width = values.shape
+    known = (values >= 0) & (values < len(table))
+    if not known.all() or (table[values] < 0).any():
+        wrong = values[~known] if not known.all() else values[table[values] < 0]
+        raise ValueError(f"has the value {int(wrong[0])}, which is no class")
+    classes = Image.fromarray(table[values].astype(np.uint8))
+    seen = _resize(classes, resolution, square, Image.Resampling.NEAREST)
+    return DecodedImage(np.asarray(seen), width, height)
+
+
+def frame_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """Return the ``(width, height)`` that a picture has once its short side is a resolution.
+
+    Example:
+        >>> frame_size(640, 480, 240)
+        (320, 240)
+    """
     short = min(width, height)
-    if square:
-        left, top = (width - short) / 2, (height - short) / 2
-        box = (left, top, left + short, top + short)
-        size = (resolution, resolution)
-    else:
-        box = (0, 0, width, height)
-        size = (
-            max(resolution, round(width * resolution / short)),
-            max(resolution, round(height * resolution / short)),
+    return (
+        max(resolution, round(width * resolution / short)),
+        max(resolution, round(height * resolution / short)),
+    )
+
+
+def _resize(
+    picture: Image.Image, resolution: int, square: bool, how: Image.Resampling
+) -> Image.Image:
+    width, height = picture.size
+    if not square:
+        return picture.resize(frame_size(width, height, resolution), how)
+    short = min(width, height)
+    left, top = (width - short) / 2, (height - short) / 2
+    box = (left, top, left + short, top + short)
+    return picture.resize((resolution, resolution), how, box=box)
+
+
+def _class_values(picture: Image.Image) -> npt.NDArray[np.int32]:
+    if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
+        return np.asarray(picture).astype(np.int32)
+    if picture.mode not in ("RGB", "RGBA", "LA"):
+        raise ValueError(
+            f"pixels of mode {picture.mode} are no classes; store 8 or 16 bits of grey"
         )
-    return np.asarray(upright.resize(size, Image.Resampling.LANCZOS, box=box))
+    channels = np.asarray(picture.convert("RGB")).astype(np.int32)
+    if (channels != channels[..., :1]).any():
+        raise ValueError("is in colour; expected grey values or a palette's indices as classes")
+    return channels[..., 0]
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
 from mezzotint.config import Config
-from mezzotint.data.base import Example, Fault
+from mezzotint.data.base import Description, Example, Fault
 from mezzotint.data.wording import DEFAULT_TEMPLATES, check_template, fill_template
 from mezzotint.errors import ConfigError, DataError, nearest
 
@@ -299,13 +299,15 @@ class EmojiData:
             self._plain_view(index) if image is None else image, caption, label, concept.name
         )
 
-    def describe(self, index: int, generator: torch.Generator | None = None) -> tuple[str, int]:
+    def describe(
+        self, index: int, generator: torch.Generator | None = None, *, with_map: bool = False
+    ) -> Description:
         """Return caption and label; see `mezzotint.data.ImageData.describe`."""
         concept = self.concepts[index]
         if generator is None:
-            return concept.caption, self._labels[index]
+            return Description(concept.caption, self._labels[index])
         chance: list[float] = torch.rand(4, generator=generator).tolist()
-        return self._caption(concept, chance), self._labels[index]
+        return Description(self._caption(concept, chance), self._labels[index])
 
     def _picture(self, index: int) -> Image.Image:
         if index not in self._decoded:

@@ -1,32 +1,36 @@
 """A user's own folder of images, with captions in a metadata file or classes as sub-folders."""
 
-import difflib
 import glob
 import hashlib
 import json
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field
 
 from mezzotint.config import Config
-from mezzotint.data.base import Example, Fault
-from mezzotint.data.decoding import Pixels, read_image
+from mezzotint.data.base import Description, Example, Fault
+from mezzotint.data.decoding import decode_image
+from mezzotint.data.files import (
+    ImageFile,
+    ImageFiles,
+    check_faults,
+    choose_view,
+    cut,
+    existing_folder,
+    one_line,
+)
 from mezzotint.errors import DataError, MissingExtraError, nearest
 
 __all__ = ["FolderData", "FolderDataConfig"]
 
 _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
-_AT_ONCE = 512  # files handed to the threads before their results are taken
-_NAMED = 3  # broken files that an error names
 
 
 class FolderDataConfig(Config):
@@ -70,11 +74,19 @@ class FolderData:
         table = _read_folder(root)
         entries, self.faults = _entries(table, root, config)
         self.class_names = _class_names(entries, table, root, config)
-        entries, self._pixels, digest = self._decode_all(entries)
-        _check_faults(root, self.faults, len(entries), config)
+        self._files = ImageFiles(
+            [ImageFile(e.path, e.name) for e in entries],
+            partial(decode_image, resolution=config.resolution, square=config.crop == "center"),
+            config.cache_limit_mib,
+        )
+        self.faults += self._files.faults
+        entries = [entries[k] for k in self._files.whole]
+        if not entries and not self.faults:
+            raise DataError(f"{root}: its metadata file names no image")
+        check_faults(root, self.faults, len(entries), config.max_broken)
         numbers = {name: number for number, name in enumerate(self.class_names or ())}
         self._labels = [None if e.class_name is None else numbers[e.class_name] for e in entries]
-        self._entries, self._content = entries, digest
+        self._entries = entries
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,7 +96,7 @@ class FolderData:
         """Hash of the files' bytes, captions, labels and the view; not of where they lie."""
         view = self.config.model_dump(exclude={"path", "cache_limit_mib", "max_broken"})
         rows = [(e.caption, label) for e, label in zip(self._entries, self._labels, strict=True)]
-        content = [self._content, rows, self.class_names, view]
+        content = [self._files.digest, rows, self.class_names, view]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load(self, index: int, generator: torch.Generator | None = None) -> Example:
@@ -97,55 +109,16 @@ class FolderData:
             DataError: If the pixels are not in memory and the file has gone since.
         """
         entry = self._entries[index]
-        pixels = self._pixels[index] if self._pixels is not None else self._decode_again(entry)
-        side = self.config.resolution
-        spare = (pixels.shape[0] - side, pixels.shape[1] - side)
-        top, left = (room // 2 for room in spare)
-        mirrored = False
-        if generator is not None:
-            down, right, mirror = torch.rand(3, generator=generator).tolist()
-            top, left = (
-                int(draw * (room + 1)) for draw, room in zip((down, right), spare, strict=True)
-            )
-            mirrored = self.config.flip and mirror < 0.5
-        view = pixels[top : top + side, left : left + side]
-        if mirrored:
-            view = view[:, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
-        return Example(image, entry.caption, self._labels[index], entry.name)
+        pixels = self._files.pixels(index)
+        high, wide = pixels.shape[:2]
+        view = choose_view(high, wide, self.config.resolution, self.config.flip, generator)
+        return Example(cut(pixels, view), entry.caption, self._labels[index], entry.name)
 
     def describe(
-        self, index: int, generator: torch.Generator | None = None
-    ) -> tuple[str | None, int | None]:
+        self, index: int, generator: torch.Generator | None = None, *, with_map: bool = False
+    ) -> Description:
         """Return caption and label; see `mezzotint.data.ImageData.describe`."""
-        return self._entries[index].caption, self._labels[index]
-
-    def _decode_all(
-        self, entries: Sequence["_Entry"]
-    ) -> tuple[list["_Entry"], list[Pixels] | None, str]:
-        """Decode every file; returns those that are whole, their pixels if they fit, a hash."""
-        whole: list[_Entry] = []
-        kept: list[Pixels] | None = []
-        room = self.config.cache_limit_mib * 2**20
-        content = hashlib.sha256()
-        for entry, result in zip(entries, _in_threads(entries, self.config), strict=True):
-            if isinstance(result, str):
-                self.faults.append(Fault(entry.name, result))
-                continue
-            whole.append(entry)
-            content.update(result.digest)
-            room -= result.pixels.nbytes
-            if room < 0:
-                kept = None
-            if kept is not None:
-                kept.append(result.pixels)
-        return whole, kept, content.hexdigest()
-
-    def _decode_again(self, entry: "_Entry") -> Pixels:
-        result = _decode(entry, self.config)
-        if isinstance(result, str):
-            raise DataError(f"{entry.path}: {result}; it was whole when the folder was opened")
-        return result.pixels
+        return Description(self._entries[index].caption, self._labels[index])
 
 
 class _Entry(NamedTuple):
@@ -164,16 +137,8 @@ class _Table:
     sub_folder_classes: tuple[str, ...] | None
 
 
-class _Decoded(NamedTuple):
-    pixels: Pixels
-    digest: bytes
-
-
 def _find_folder(config: FolderDataConfig) -> Path:
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        reason = "is a file, not a folder" if root.is_file() else "no such folder"
-        raise DataError(f"{root}: {reason}{_what_is_there(root)}")
+    root = existing_folder(config.path)
     folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
     if config.split is not None:
         if config.split not in folders:
@@ -188,18 +153,6 @@ def _find_folder(config: FolderDataConfig) -> Path:
             f" split: {'train' if 'train' in folders else min(folders)}"
         )
     return root
-
-
-def _what_is_there(missing: Path) -> str:
-    """A clause that names the nearest sibling of a path that doesn't exist."""
-    place = missing.absolute()
-    while not place.parent.is_dir():
-        place = place.parent
-    folders = [p.name for p in place.parent.iterdir() if p.is_dir()]
-    close = difflib.get_close_matches(place.name, folders, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {place.parent / close[0]}?"
-    return f"; {place.parent} is the nearest that exists"
 
 
 def _read_folder(root: Path) -> _Table:
@@ -227,7 +180,7 @@ def _read_folder(root: Path) -> _Table:
     except IndexError:  # what the library makes of a metadata file without rows
         raise DataError(f"{root}: its metadata file names no image") from None
     except (ValueError, TypeError, KeyError, OSError, DatasetsError) as error:
-        raise DataError(f"{root}: cannot be read as images: {_one_line(error)}") from None
+        raise DataError(f"{root}: cannot be read as images: {one_line(error)}") from None
     label = features.get("label")
     classes = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
     return _Table(tuple(features), rows, classes)
@@ -291,46 +244,3 @@ def _class_names(
             if p.is_dir() and not p.name.startswith(".")
         }
     return tuple(sorted(found))
-
-
-def _check_faults(
-    root: Path, faults: Sequence[Fault], whole: int, config: FolderDataConfig
-) -> None:
-    total = whole + len(faults)
-    if not total:
-        raise DataError(f"{root}: its metadata file names no image")
-    if whole and len(faults) <= config.max_broken * total:
-        return
-    named = ", ".join(f"{fault.name} ({fault.reason})" for fault in faults[:_NAMED])
-    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    raise DataError(
-        f"{root}: {len(faults)} of {total} images are broken ({len(faults) / total:.1%}; max_broken"
-        f" allows {config.max_broken:.1%}): {named}{more}; mend or remove them, or raise max_broken"
-    )
-
-
-def _in_threads(entries: Sequence[_Entry], config: FolderDataConfig) -> Iterator["_Decoded | str"]:
-    # Pillow warns of untidy metadata in pictures that it reads well; the filter is the process's,
-    # so it is set here once and not in the threads
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")
-        for start in range(0, len(entries), _AT_ONCE):
-            part = entries[start : start + _AT_ONCE]
-            yield from pool.map(lambda entry: _decode(entry, config), part)
-
-
-def _decode(entry: _Entry, config: FolderDataConfig) -> "_Decoded | str":
-    """Pixels ``(H, W, 3)`` with the short side at the resolution, or why there are none."""
-    try:
-        content = entry.path.read_bytes()
-        pixels = read_image(content, config.resolution, square=config.crop == "center")
-        return _Decoded(pixels, hashlib.sha256(content).digest())
-    except FileNotFoundError:
-        return "no such file"
-    except Exception as error:  # a damaged file makes decoders raise anything
-        return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mezzotint.data.base import ImageData
+from mezzotint.data.base import Example, ImageData
 from mezzotint.latent_diffusion import FirstStage, encode_moments, fingerprint
 from mezzotint.rng import keyed_generator
 
-__all__ = ["LatentCache", "build_latent_cache"]
+__all__ = ["LatentCache", "build_latent_cache", "load_view"]
 
 _BATCH = 32
 
@@ -71,7 +71,7 @@ def build_latent_cache(
     encoded: list[Tensor] = []
     for start in range(0, total, _BATCH):
         images = [
-            _view(data, n // variants, n % variants, seed)
+            load_view(data, n // variants, n % variants, seed).image
             for n in range(start, min(total, start + _BATCH))
         ]
         pixels = torch.stack(images).to(device).float() / 127.5 - 1.0
@@ -86,6 +86,14 @@ def build_latent_cache(
     return LatentCache(moments, key)
 
 
-def _view(data: ImageData, index: int, variant: int, seed: int) -> Tensor:
-    generator = None if variant == 0 else keyed_generator(seed, 0x1A7, index, variant)
-    return data.load(index, generator).image
+def load_view(data: ImageData, index: int, view: int, seed: int) -> Example:
+    """Return an image as it is encoded for a cache.
+
+    Args:
+        data: The images.
+        index: Of the image.
+        view: Of the image: 0 is the plain one.
+        seed: Keys the augmentations.
+    """
+    generator = None if view == 0 else keyed_generator(seed, 0x1A7, index, view)
+    return data.load(index, generator)

@@ -7,10 +7,11 @@ from torch import Tensor
 from mezzotint.diffusion.denoiser import Network
 from mezzotint.diffusion.schedule import NoiseSchedule
 
-__all__ = ["Weighting", "diffusion_loss", "loss_weight"]
+__all__ = ["Deviation", "Weighting", "diffusion_loss", "loss_weight"]
 
 C = TypeVar("C")
 Weighting = Literal["simple", "min_snr"]
+Deviation = Literal["squared", "absolute"]
 
 
 def loss_weight(
@@ -55,8 +56,9 @@ def diffusion_loss(
     *,
     weighting: Weighting = "simple",
     gamma: float = 5.0,
+    deviation: Deviation = "squared",
 ) -> Tensor:
-    """Return the weighted squared error of one prediction per sample.
+    """Return the weighted error of one prediction per sample (paper, eq. 2).
 
     Args:
         network: ``(x_vp, t, cond) -> prediction``.
@@ -67,10 +69,13 @@ def diffusion_loss(
         cond: What the network is told, as a batch of B.
         weighting: How times are weighed; see `loss_weight`.
         gamma: The cap of ``min_snr``.
+        deviation: The error that is averaged. Some of the paper's released configurations have the
+            absolute one.
 
     Returns:
         ``(B,)`` float32: the mean over each sample's elements, to be averaged by the caller.
     """
     prediction = network(schedule.add_noise(x0, noise, t), t, cond).float()
-    error = (prediction - schedule.target(x0, noise, t).float()) ** 2
+    off = prediction - schedule.target(x0, noise, t).float()
+    error = off**2 if deviation == "squared" else off.abs()
     return error.flatten(1).mean(1) * loss_weight(schedule, t, weighting, gamma)

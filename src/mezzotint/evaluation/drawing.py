@@ -196,12 +196,12 @@ def conditions_of(pipeline: Pipeline, data: ImageData, count: int, called: str) 
     conditioner = pipeline.model.conditioner
     described = {k: data.describe(k) for k in set(spread(count, len(data)))}
     if conditioner.wants == "caption":
-        captions = {k: caption for k, (caption, _) in described.items() if caption is not None}
+        captions = {k: d.caption for k, d in described.items() if d.caption is not None}
         if len(captions) < len(described):
             raise DataError(f"{called}: has no captions, and the model draws from them")
         return [captions[k] for k in spread(count, len(data))]
     names = data.class_names
-    labels = {k: label for k, (_, label) in described.items() if label is not None}
+    labels = {k: d.label for k, d in described.items() if d.label is not None}
     if names is None or len(labels) < len(described):
         raise DataError(
             f"{called}: has no classes, and the model draws from them; sort the pictures into a"
@@ -228,7 +228,7 @@ def targets_of(data: ImageData, count: int, names: Sequence[str]) -> list[int] |
         Their positions in ``names``; or why there are none, in a sentence.
     """
     chosen = spread(count, len(data))
-    captions = [data.describe(k)[0] for k in range(len(data))]
+    captions = [data.describe(k).caption for k in range(len(data))]
     if len(set(captions)) < len(captions):
         return "several of the reference's pictures have the same caption"
     places = {name: place for place, name in enumerate(names)}

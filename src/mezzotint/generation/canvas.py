@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mezzotint.conditioning.spatial import LowResConditioner, spatial_conditioner
 from mezzotint.errors import RequestError
 from mezzotint.generation.inputs import (
     InputPictures,
@@ -163,28 +164,33 @@ def _extend(
 def _lay_out_small(
     model: LatentDiffusion, requests: Sequence[GenerationRequest], pictures: InputPictures
 ) -> Canvas:
-    """Small pictures of the latents' size, by which super-resolution is conditioned."""
+    """Small pictures of the size that the conditioner of super-resolution takes."""
     factor, first = model.first_stage.factor, requests[0]
+    spatial = spatial_conditioner(model.conditioner)
+    fold = spatial.config.fold if isinstance(spatial, LowResConditioner) else 1
+    asked = first.width is not None or first.height is not None
     small: list[Tensor] = []
     for request in requests:
-        picture = pictures.get(_needed(request.image))
-        width, height = picture.width * factor, picture.height * factor
-        width, height = first.width or width, first.height or height
-        model.latent_shape(height, width)
-        size = width // factor, height // factor
-        picture = to_colour(picture)
-        if size != picture.size:
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = to_colour(pictures.get(_needed(request.image)))
+        if asked:
+            width, height = (side * factor // fold for side in picture.size)
+            width, height = first.width or width, first.height or height
+            model.latent_shape(height, width)
+            size = width // factor * fold, height // factor * fold
+            if size != picture.size:
+                picture = picture.resize(size, Image.Resampling.LANCZOS)
         small.append(to_pixels(picture))
     if len({item.shape for item in small}) > 1:
         raise RequestError("image: the pictures of one batch must be of one size")
-    height, width = (side * factor for side in small[0].shape[-2:])
+    rows, columns = small[0].shape[-2:]
+    beyond = (0, -columns % fold, 0, -rows % fold)  # what is drawn beyond is cut off again
+    low_res = F.pad(torch.stack(small), beyond, mode="replicate")
     return Canvas(
-        height=height,
-        width=width,
-        drawn_height=height,
-        drawn_width=width,
-        low_res=torch.stack(small),
+        height=rows * factor // fold,
+        width=columns * factor // fold,
+        drawn_height=low_res.shape[2] * factor // fold,
+        drawn_width=low_res.shape[3] * factor // fold,
+        low_res=low_res,
     )
 
 

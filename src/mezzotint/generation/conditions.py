@@ -15,17 +15,18 @@ from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.layout import LayoutConditioner, read_layout
 from mezzotint.conditioning.prompts import split_adapters
 from mezzotint.conditioning.spatial import (
-    HybridConditioner,
     InpaintingConditioner,
     main_conditioner,
+    spatial_conditioner,
 )
 from mezzotint.generation.canvas import Canvas
 from mezzotint.generation.request import GenerationRequest
+from mezzotint.latent_diffusion import LatentDiffusion
 
 if TYPE_CHECKING:
     from mezzotint.generation.pipeline import Pipeline
 
-__all__ = ["condition_inputs", "latent_mask", "plain_prompt"]
+__all__ = ["condition_inputs", "inpainting_inputs", "latent_mask", "plain_prompt"]
 
 
 def plain_prompt(pipeline: Pipeline, prompt: str) -> str:
@@ -60,8 +61,11 @@ def condition_inputs(
             read_layout(main, [box.to_dict() for box in request.layout or ()])
             for request in requests
         ]
-    masked, mask = _inpainting(pipeline, canvas)
     device = pipeline.execution.device
+    masked = mask = None
+    if isinstance(spatial_conditioner(conditioner), InpaintingConditioner):
+        assert canvas.image is not None and canvas.mask is not None, "the request has both"
+        masked, mask = inpainting_inputs(pipeline.model, canvas.image, canvas.mask, device)
     return ConditionInputs(
         count=len(requests),
         captions=captions,
@@ -93,17 +97,26 @@ def latent_mask(mask: Tensor, shape: tuple[int, int, int], *, cover: bool) -> Te
     return F.interpolate(hard, shape[1:], mode="nearest")
 
 
-def _inpainting(pipeline: Pipeline, canvas: Canvas) -> tuple[Tensor | None, Tensor | None]:
-    """The latents of the image without what is to be drawn, and the mask, for models told both."""
-    conditioner = pipeline.model.conditioner
-    spatial = conditioner.spatial if isinstance(conditioner, HybridConditioner) else conditioner
-    if not isinstance(spatial, InpaintingConditioner):
-        return None, None
-    assert canvas.image is not None and canvas.mask is not None, "the request has both"
-    model, device = pipeline.model, pipeline.execution.device
-    masked = torch.where(canvas.mask >= 0.5, spatial.config.masked_value, canvas.image)
-    shape = model.latent_shape(canvas.drawn_height, canvas.drawn_width)
-    mask = latent_mask(canvas.mask, shape, cover=False)
-    if not mask.flatten(1).any(1).all():  # a mask of a few pixels falls between the latents
-        mask = latent_mask(canvas.mask, shape, cover=True)
-    return model.encode(masked.to(device)).float(), mask.to(device)
+def inpainting_inputs(
+    model: LatentDiffusion, image: Tensor, mask: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Prepare what an inpainting model is told.
+
+    Args:
+        model: Its conditioner says what stands where the image is masked.
+        image: ``(B, 3, H, W)`` in -1..1.
+        mask: ``(B, 1, H, W)`` in 0..1; from 0.5 on it is drawn.
+        device: Where the first stage is.
+
+    Returns:
+        ``(B, C, h, w)`` latents of the image without what is to be drawn, and the mask
+        ``(B, 1, h, w)``, 0 or 1.
+    """
+    spatial = spatial_conditioner(model.conditioner)
+    assert isinstance(spatial, InpaintingConditioner)
+    masked = torch.where(mask >= 0.5, spatial.config.masked_value, image)
+    shape = model.latent_shape(*image.shape[-2:])
+    small = latent_mask(mask, shape, cover=False)
+    if not small.flatten(1).any(1).all():  # a mask of a few pixels falls between the latents
+        small = latent_mask(mask, shape, cover=True)
+    return model.encode(masked.to(device)).float(), small.to(device)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.base import ConditionInputs
+from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.loss import diffusion_loss
 from mezzotint.errors import TrainingError
-from mezzotint.evaluation.grids import image_grid
 from mezzotint.generation.generate import generate_each
+from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.pipeline import Pipeline
 from mezzotint.latent_diffusion import LatentDiffusion, encode_moments, fingerprint
 from mezzotint.models.autoencoder import AutoencoderKL
@@ -25,6 +25,7 @@ from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches, DataOrder
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.ema import ExponentialMovingAverage
 from mezzotint.training.optimizer import (
     apply_gradients,
@@ -32,6 +33,7 @@ from mezzotint.training.optimizer import (
     learning_rate_factor,
     use_channels_last,
 )
+from mezzotint.training.previews import make_previews, preview_sheet, request_fields
 from mezzotint.training.recipe import DiffusionRecipe
 
 __all__ = ["DiffusionTask"]
@@ -42,9 +44,9 @@ _PREVIEWS = 16
 @dataclass(frozen=True)
 class _Batch:
     latents: Tensor  # (B, C', h, w) moments if cached, else uint8 images (B, 3, H, W)
-    captions: list[str] | None
-    labels: list[int] | None
+    told: list[Told]
     drop: Tensor  # (B,) bool
+    drop_spatial: Tensor  # (B,) bool
     t: Tensor  # (B,) int64
     seeds: list[int]
 
@@ -81,6 +83,13 @@ class DiffusionTask:
         self.optimizer = build_optimizer(groups, recipe.optimizer)
         self.ema = ExponentialMovingAverage(self.trained, recipe.ema_decay)
         self.order = DataOrder(len(data), recipe.seed)
+        self.conditions = ConditionMaker(
+            model,
+            data,
+            seed=recipe.seed,
+            degradation=recipe.degradation,
+            masks=recipe.masks,
+        )
         self.batches = Batches(self._make_batch)
 
     @property
@@ -92,9 +101,9 @@ class DiffusionTask:
         recipe, model = self.recipe, self.model
         first = step * self.images_per_step
         images: list[Tensor] = []
-        captions: list[str] = []
-        labels: list[int] = []
+        told: list[Told] = []
         drop: list[bool] = []
+        drop_spatial: list[bool] = []
         times: list[int] = []
         seeds: list[int] = []
         for position in range(first, first + self.images_per_step):
@@ -103,25 +112,24 @@ class DiffusionTask:
             if self.cache is None:
                 example = self.data.load(index, generator)
                 images.append(example.image)
-                caption, label = example.caption, example.label
+                told.append(self.conditions.of_example(example, generator))
             else:
                 views = self.cache.moments.shape[1]
                 view = int(torch.randint(views, (1,), generator=generator))
                 images.append(self.cache.moments[index, view])
-                caption, label = self.data.describe(index, generator)
-            captions.append(caption or "")
-            labels.append(label or 0)
+                told.append(self.conditions.of_view(index, view, generator))
             drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
             times.append(
                 int(torch.randint(len(model.schedule.alphas_cumprod), (1,), generator=generator))
             )
             seeds.append(mix(recipe.seed, 0x701, position))
-        wants = model.conditioner.wants
+            chance = torch.rand(1, generator=keyed_generator(recipe.seed, 0x5DA, position))
+            drop_spatial.append(bool(chance < recipe.spatial_dropout))
         return _Batch(
             latents=torch.stack(images),
-            captions=captions if wants == "caption" else None,
-            labels=labels if wants == "label" else None,
+            told=told,
             drop=torch.tensor(drop),
+            drop_spatial=torch.tensor(drop_spatial),
             t=torch.tensor(times),
             seeds=seeds,
         )
@@ -160,13 +168,12 @@ class DiffusionTask:
         seeds = batch.seeds[part]
         z = self._latents(batch.latents[part], seeds)
         noise = SampleNoise(seeds).normal(z.shape[1:]).to(device)
-        inputs = ConditionInputs(
-            count=len(seeds),
-            captions=None if batch.captions is None else batch.captions[part],
-            labels=None if batch.labels is None else batch.labels[part],
-        )
+        inputs = self.conditions.inputs(batch.told[part], device)
         with autocast(self.execution):
-            cond = self.model.conditioner(inputs, batch.drop[part])
+            conditioner, drop = self.model.conditioner, [batch.drop[part]]
+            if isinstance(conditioner, HybridConditioner):
+                drop.append(batch.drop_spatial[part])
+            cond = conditioner(inputs, *drop)
             return diffusion_loss(
                 self.model.predict,
                 self.model.schedule,
@@ -175,6 +182,7 @@ class DiffusionTask:
                 noise,
                 cond,
                 weighting=self.recipe.weighting,
+                deviation=self.recipe.deviation,
             )
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -222,32 +230,25 @@ class DiffusionTask:
         restore_optimizer(self.optimizer, tensors["optimizer"])
 
     def draw_samples(self, path: Path) -> None:
-        """Draw the first captions or classes with the averaged weights."""
+        """Draw what some of the examples ask for with the averaged weights."""
         recipe = self.recipe
         pipeline = Pipeline(self.model, self.execution, recipe.name)
         pipeline.model_hash = "training"  # the weights move: a hash of them would mean nothing
-        common = {
-            "steps": recipe.sample_steps,
-            "spacing": "trailing",
-            "guidance_scale": recipe.guidance_scale,
-        }
-        labels: list[str] = []
-        requests = []
-        for k in range(_PREVIEWS):
-            # spread over the data: a folder's first images are all of one class
-            caption, label = self.data.describe(k * len(self.data) // _PREVIEWS, None)
-            fields: dict[str, Any] = {**common, "seed": k}
-            if self.model.conditioner.wants == "caption":
-                fields["prompt"] = caption or ""
-            elif self.model.conditioner.wants == "label":
-                names = self.data.class_names or ()
-                fields["class_label"] = label = k % len(names)
-                caption = names[label]
-            labels.append(caption or "")
-            requests.append(pipeline.request(**fields))
+        previews = make_previews(self.conditions, _PREVIEWS, recipe.seed)
+        pictures = InputPictures()
+        requests = [
+            pipeline.request(
+                **request_fields(preview.told, pictures),
+                seed=k,
+                steps=recipe.sample_steps,
+                spacing="trailing",
+                guidance_scale=recipe.guidance_scale,
+            )
+            for k, preview in enumerate(previews)
+        ]
         with self.ema.applied():
-            drawn = generate_each(pipeline, requests)
-        sheet = image_grid([d.image for d in drawn], columns=8, labels=labels)
+            drawn = generate_each(pipeline, requests, pictures=pictures)
+        sheet = preview_sheet(previews, [item.image for item in drawn])
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
 

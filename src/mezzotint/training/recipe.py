@@ -4,10 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mezzotint.conditioning.classes import ClassConditionerConfig
-from mezzotint.conditioning.text import TextConditionerConfig
+from mezzotint.conditioning.build import (
+    ConditioningConfig,
+    UnconditionalConfig,
+    concat_channels,
+    main_config,
+    spatial_config,
+)
+from mezzotint.conditioning.spatial import InpaintingConditionerConfig, LowResConditionerConfig
 from mezzotint.config import Config, Document
 from mezzotint.data import DataConfig
+from mezzotint.data.degradation import DegradationConfig
+from mezzotint.data.masks import MaskConfig
+from mezzotint.diffusion.loss import Deviation, Weighting
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.models.autoencoder import (
     AutoencoderKLConfig,
@@ -28,7 +37,6 @@ __all__ = [
     "OptimizerConfig",
     "Recipe",
     "TrainedFirstStage",
-    "UnconditionalConfig",
 ]
 
 
@@ -216,23 +224,24 @@ EncodedFirstStage = Annotated[
 ]
 
 
-class UnconditionalConfig(Config):
-    """No condition at all."""
-
-    kind: Literal["none"] = "none"
-
-
 class DiffusionRecipe(_RecipeBase):
     """How to train a latent diffusion model (paper, section 3.2 and 3.3).
 
     Attributes:
         first_stage: E and D, frozen.
         unet: Shape of epsilon_theta.
-        conditioning: Shape of tau_theta.
+        conditioning: Shape of tau_theta, and what it concatenates to the noisy latent: ``text``,
+            ``bert``, ``class`` or ``layout``; ``semantic_map``, ``low_res`` or ``inpainting``; one
+            of each as ``hybrid``; or ``none``.
+        degradation: How the small pictures of ``low_res`` are made.
+        masks: What ``inpainting`` is to draw anew.
         condition_dropout: Probability with which the condition is replaced by its null, for
             classifier-free guidance.
+        spatial_dropout: The same for what a hybrid concatenates, which guidance never drops: so
+            that the model can be compared with itself without it.
         schedule: Noise schedule and what the network predicts.
         weighting: ``simple`` (paper, eq. 2) or ``min_snr``.
+        deviation: ``squared`` (paper, eq. 2) or ``absolute`` error of the prediction.
         latent_variants: Augmented views per image whose latents are computed once and kept; 0
             encodes every batch anew.
         ema_decay: Decay of the average that is sampled from.
@@ -243,13 +252,14 @@ class DiffusionRecipe(_RecipeBase):
     kind: Literal["diffusion"] = "diffusion"
     first_stage: EncodedFirstStage
     unet: UNetConfig
-    conditioning: Annotated[
-        TextConditionerConfig | ClassConditionerConfig | UnconditionalConfig,
-        Field(discriminator="kind"),
-    ] = UnconditionalConfig()
+    conditioning: ConditioningConfig = UnconditionalConfig()
+    degradation: DegradationConfig = DegradationConfig()
+    masks: MaskConfig = MaskConfig()
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
+    spatial_dropout: float = Field(default=0.0, ge=0, lt=1)
     schedule: ScheduleConfig = ScheduleConfig()
-    weighting: Literal["simple", "min_snr"] = "simple"
+    weighting: Weighting = "simple"
+    deviation: Deviation = "squared"
     latent_variants: int = Field(default=1, ge=0)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     conditioner_learning_rate: float | None = Field(default=None, gt=0)
@@ -258,18 +268,57 @@ class DiffusionRecipe(_RecipeBase):
 
     @model_validator(mode="after")
     def _fits(self) -> "DiffusionRecipe":
-        wanted = None if self.conditioning.kind == "none" else self.conditioning.width
-        if self.unet.cross_attention_dim != wanted:
-            raise ValueError(
-                f"unet.cross_attention_dim is {self.unet.cross_attention_dim}, but the conditioning"
-                f" gives {'no tokens' if wanted is None else f'tokens of width {wanted}'}"
-            )
+        self._check_tokens()
+        self._check_channels()
+        if self.spatial_dropout and self.conditioning.kind != "hybrid":
+            raise ValueError("spatial_dropout: is for a hybrid; use condition_dropout")
         if self.sample_steps > self.schedule.num_train_timesteps:
             raise ValueError(
                 f"sample_steps {self.sample_steps} is more than schedule.num_train_timesteps"
                 f" {self.schedule.num_train_timesteps}"
             )
         return self
+
+    def _check_tokens(self) -> None:
+        main, width = main_config(self.conditioning), self.unet.cross_attention_dim
+        wanted = None if main is None else main.width
+        if width != wanted:
+            told = "null" if width is None else width
+            raise ValueError(
+                f"unet.cross_attention_dim is {told}, but the conditioning"
+                f" gives {'no tokens' if wanted is None else f'tokens of width {wanted}'}"
+            )
+        for name in ("num_class_embeds", "vector_dim", "guidance_embed_dim"):
+            if getattr(self.unet, name) is not None:
+                raise ValueError(f"unet.{name} must be null: no conditioning of a recipe feeds it")
+
+    def _check_channels(self) -> None:
+        spatial, latent = spatial_config(self.conditioning), self.unet.out_channels
+        if isinstance(self.first_stage, IdentityFirstStageConfig):
+            pixels = self.first_stage.in_channels
+            if latent != pixels:
+                raise ValueError(
+                    f"unet.out_channels is {latent}, but an identity first stage has {pixels}"
+                    " channels, those of the pixels"
+                )
+        hybrid = self.conditioning.kind == "hybrid"
+        where = "conditioning.spatial" if hybrid else "conditioning"
+        if isinstance(spatial, LowResConditionerConfig) and spatial.channels != 3:
+            raise ValueError(f"{where}.channels must be 3: the data are RGB images")
+        if isinstance(spatial, InpaintingConditionerConfig) and spatial.latent_channels != latent:
+            raise ValueError(
+                f"{where}.latent_channels is {spatial.latent_channels}, but the latents have"
+                f" {latent} channels (unet.out_channels)"
+            )
+        extra = concat_channels(self.conditioning)
+        if self.unet.in_channels != latent + extra:
+            told = (
+                f" and {extra} that conditioning {spatial.kind!r} concatenates" if spatial else ""
+            )
+            raise ValueError(
+                f"unet.in_channels is {self.unet.in_channels}; expected {latent + extra}: {latent}"
+                f" of the noisy latent (unet.out_channels){told}"
+            )
 
 
 Recipe = AutoencoderRecipe | DiffusionRecipe

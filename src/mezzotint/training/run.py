@@ -12,20 +12,26 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from mezzotint.checkpoints.model import load_first_stage
-from mezzotint.conditioning.base import Conditioner, Unconditional
-from mezzotint.conditioning.classes import ClassConditioner
-from mezzotint.conditioning.text import TextConditioner, train_tokenizer
+from mezzotint.conditioning.base import Conditioner
+from mezzotint.conditioning.build import (
+    build_conditioner,
+    spatial_config,
+    with_class_names,
+)
+from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
+from mezzotint.conditioning.text import train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
 from mezzotint.data import ImageData, open_data
 from mezzotint.data.latents import LatentCache, build_latent_cache
 from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
-from mezzotint.errors import ConfigError, DataError, TrainingError, nearest
+from mezzotint.errors import ConfigError, TrainingError, nearest
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import IdentityFirstStage
 from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
 from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
+from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
@@ -203,19 +209,12 @@ def _diffusion_task(
     device: str,
     log: RunLog,
 ) -> DiffusionTask:
-    if recipe.conditioning.kind == "text" and data.describe(0)[0] is None:
-        raise DataError(
-            "the recipe's conditioning is text, but the images have no captions: give"
-            " data.caption_column, or use conditioning.kind=class or none"
-        )
-    if recipe.conditioning.kind == "class" and data.class_names is None:
-        raise DataError(
-            "the recipe's conditioning is class, but the images have no classes: give them"
-            " sub-folders or data.class_column, or use conditioning.kind=none"
-        )
+    check_data(data, recipe.conditioning)
     first_stage, normalization = _first_stage(recipe, folder, resume, device, log)
     first_stage = first_stage.to(execution.device)
     _check_factor(recipe, first_stage.factor)
+    _check_map(recipe, first_stage.factor)
+    check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder)
     cache: LatentCache | None = None
     if recipe.latent_variants:
@@ -245,6 +244,15 @@ def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
         raise ConfigError(
             f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
             f" f = {factor}"
+        )
+
+
+def _check_map(recipe: DiffusionRecipe, factor: int) -> None:
+    spatial = spatial_config(recipe.conditioning)
+    if isinstance(spatial, SemanticMapConditionerConfig) and 2**spatial.stages != factor:
+        raise ConfigError(
+            f"the semantic map's stages are {spatial.stages}, which make it"
+            f" {2**spatial.stages} times smaller, but the first stage's f is {factor}"
         )
 
 
@@ -278,32 +286,20 @@ def _first_stage(
 
 
 def _conditioner(recipe: DiffusionRecipe, data: ImageData, folder: Path) -> Conditioner:
-    config = recipe.conditioning
     torch.manual_seed(mix(recipe.seed, 0xC0D))
-    if config.kind == "text":
-        return TextConditioner(config, _tokenizer(data, config.vocab_size, folder))
-    if config.kind == "class":
-        assert data.class_names is not None
-        if config.class_names and config.class_names != data.class_names:
-            raise ConfigError(
-                f"conditioning.class_names are {', '.join(config.class_names)}, but the data has"
-                f" {', '.join(data.class_names)}; leave the key out to take those"
-            )
-        if not config.class_names:
-            config = config.model_copy(update={"class_names": data.class_names})
-        return ClassConditioner(config)
-    return Unconditional()
+    config = with_class_names(recipe.conditioning, data.class_names)
+    return build_conditioner(config, lambda text: _tokenizer(data, text.vocab_size, folder))
 
 
 def _tokenizer(data: ImageData, vocab_size: int, folder: Path) -> Tokenizer:
     """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        captions = {data.describe(k)[0] or "" for k in range(len(data))}
+        captions = {data.describe(k).caption or "" for k in range(len(data))}
         for k in range(len(data)):
             for variant in range(8):
                 generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
-                captions.add(data.describe(k, generator)[0] or "")
+                captions.add(data.describe(k, generator).caption or "")
         temporary = path.with_suffix(".tmp")
         train_tokenizer(captions, vocab_size).save(str(temporary))
         temporary.replace(path)

@@ -1,0 +1,271 @@
+"""Image files of a user, decoded once and seen as squares: what data sets of files share."""
+
+import difflib
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mezzotint.data.base import Fault
+from mezzotint.data.decoding import DecodedImage, Pixels, frame_size
+from mezzotint.errors import DataError
+
+__all__ = [
+    "ImageFile",
+    "ImageFiles",
+    "View",
+    "check_faults",
+    "choose_view",
+    "cut",
+    "existing_folder",
+    "one_line",
+    "seen_share",
+]
+
+_AT_ONCE = 512  # files handed to the threads before their results are taken
+_NAMED = 3  # broken files that an error names
+
+
+def existing_folder(path: str) -> Path:
+    """Return a folder that a user names.
+
+    Raises:
+        DataError: Naming the nearest that exists, if it doesn't.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        reason = "is a file, not a folder" if root.is_file() else "no such folder"
+        raise DataError(f"{root}: {reason}{_what_is_there(root)}")
+    return root
+
+
+def _what_is_there(missing: Path) -> str:
+    """A clause that names the nearest sibling of a path that doesn't exist."""
+    place = missing.absolute()
+    while not place.parent.is_dir():
+        place = place.parent
+    folders = [p.name for p in place.parent.iterdir() if p.is_dir()]
+    close = difflib.get_close_matches(place.name, folders, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {place.parent / close[0]}?"
+    return f"; {place.parent} is the nearest that exists"
+
+
+class ImageFile(NamedTuple):
+    """Where an image is, and what messages call it."""
+
+    path: Path
+    name: str
+
+
+class ImageFiles:
+    """The pixels of files that could be decoded, in memory if they fit.
+
+    Every file is decoded once when this is made, so that broken ones are known before training
+    begins.
+
+    Args:
+        files: Which.
+        decode: From the bytes of a file to its pixels; whatever it raises is a fault.
+        limit_mib: Pixels are kept in memory up to this.
+
+    Attributes:
+        whole: The positions in ``files`` of those that are whole; other indices count only these.
+        sizes: Width and height of each as it was stored, upright.
+        faults: The others, and why.
+        digest: Hash of the bytes of the whole ones.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        decode: Callable[[bytes], DecodedImage],
+        limit_mib: float,
+    ) -> None:
+        self.whole: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.faults: list[Fault] = []
+        self._decode = decode
+        self._files: list[ImageFile] = []
+        self._kept: list[Pixels] | None = []
+        room = limit_mib * 2**20
+        content = hashlib.sha256()
+        for position, (file, result) in enumerate(
+            zip(files, _in_threads(files, decode), strict=True)
+        ):
+            if isinstance(result, str):
+                self.faults.append(Fault(file.name, result))
+                continue
+            self.whole.append(position)
+            self._files.append(file)
+            self.sizes.append((result.image.width, result.image.height))
+            content.update(result.digest)
+            room -= result.image.pixels.nbytes
+            if room < 0:
+                self._kept = None
+            if self._kept is not None:
+                self._kept.append(result.image.pixels)
+        self.digest = content.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pixels fit."""
+        return self._kept is not None
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep only some of the whole files, in this order; the digest stays."""
+        self.whole = [self.whole[k] for k in indices]
+        self.sizes = [self.sizes[k] for k in indices]
+        self._files = [self._files[k] for k in indices]
+        if self._kept is not None:
+            self._kept = [self._kept[k] for k in indices]
+
+    def pixels(self, index: int) -> Pixels:
+        """Return what ``decode`` gave for a file: ``(H, W, 3)`` or ``(H, W)`` uint8.
+
+        Raises:
+            DataError: If the pixels are not in memory and the file has gone since.
+        """
+        if self._kept is not None:
+            return self._kept[index]
+        file = self._files[index]
+        result = _read(file, self._decode)
+        if isinstance(result, str):
+            raise DataError(f"{file.path}: {result}; it was whole when the folder was opened")
+        return result.image.pixels
+
+
+class View(NamedTuple):
+    """Which square of decoded pixels is seen, and whether mirrored."""
+
+    top: int
+    left: int
+    side: int
+    mirrored: bool
+
+
+def choose_view(
+    height: int, width: int, side: int, flip: bool, generator: torch.Generator | None
+) -> View:
+    """Choose a square of a picture.
+
+    Args:
+        height: Of the decoded pixels.
+        width: Of the decoded pixels.
+        side: Of the square.
+        flip: Whether it may be mirrored.
+        generator: Decides the view by three draws; without one it is the central square.
+    """
+    down, right = height - side, width - side
+    if generator is None:
+        return View(down // 2, right // 2, side, mirrored=False)
+    draws: list[float] = torch.rand(3, generator=generator).tolist()
+    return View(
+        int(draws[0] * (down + 1)), int(draws[1] * (right + 1)), side, flip and draws[2] < 0.5
+    )
+
+
+def cut(pixels: Pixels, view: View) -> Tensor:
+    """Return a view as a tensor: ``(3, side, side)`` of a picture, ``(side, side)`` of a map."""
+    seen = pixels[view.top : view.top + view.side, view.left : view.left + view.side]
+    if view.mirrored:
+        seen = seen[:, ::-1]
+    channels_first = np.moveaxis(seen, -1, 0) if seen.ndim == 3 else seen
+    # a copy, even of a whole map: what is kept in memory must not be written to
+    return torch.from_numpy(np.array(channels_first, order="C"))
+
+
+def seen_share(
+    width: int, height: int, view: View, *, square: bool
+) -> tuple[float, float, float, float]:
+    """Say which part of a whole picture a view shows.
+
+    Args:
+        width: Of the picture as it was stored.
+        height: Of the picture as it was stored.
+        view: A square of its decoded pixels.
+        square: Whether only the central square was decoded.
+
+    Returns:
+        Left, top, width and height of that part, as shares of the picture's width and height.
+
+    Example:
+        >>> seen_share(200, 100, View(0, 0, 64, mirrored=False), square=True)
+        (0.25, 0.0, 0.5, 1.0)
+    """
+    if square:
+        short = min(width, height)
+        return (1 - short / width) / 2, (1 - short / height) / 2, short / width, short / height
+    wide, high = frame_size(width, height, view.side)
+    return view.left / wide, view.top / high, view.side / wide, view.side / high
+
+
+def check_faults(
+    where: object, faults: Sequence[Fault], whole: int, max_broken: float, what: str = "images"
+) -> None:
+    """Refuse data of which too much is broken.
+
+    Args:
+        where: What the message calls the data.
+        faults: What is broken.
+        whole: How many are not.
+        max_broken: Share of all that may be broken.
+        what: What they are.
+
+    Raises:
+        DataError: Naming the first few, if they are too many or nothing is whole.
+    """
+    total = whole + len(faults)
+    if whole and len(faults) <= max_broken * total:
+        return
+    named = ", ".join(f"{fault.name} ({fault.reason})" for fault in faults[:_NAMED])
+    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    raise DataError(
+        f"{where}: {len(faults)} of {total} {what} are broken ({len(faults) / total:.1%};"
+        f" max_broken allows {max_broken:.1%}): {named}{more}; mend or remove them, or raise"
+        " max_broken"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class _Read(NamedTuple):
+    image: DecodedImage
+    digest: bytes
+
+
+def _in_threads(
+    files: Sequence[ImageFile], decode: Callable[[bytes], DecodedImage]
+) -> Iterator["_Read | str"]:
+    # Pillow warns of untidy metadata in pictures that it reads well; the filter is the process's,
+    # so it is set here once and not in the threads
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
+        for start in range(0, len(files), _AT_ONCE):
+            part = files[start : start + _AT_ONCE]
+            yield from pool.map(lambda file: _read(file, decode), part)
+
+
+def _read(file: ImageFile, decode: Callable[[bytes], DecodedImage]) -> "_Read | str":
+    """The pixels of a file, or why there are none."""
+    try:
+        content = file.path.read_bytes()
+        return _Read(decode(content), hashlib.sha256(content).digest())
+    except FileNotFoundError:
+        return "no such file"
+    except Exception as error:  # a damaged file makes decoders raise anything
+        return one_line(error)
