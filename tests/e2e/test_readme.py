@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MEASURING = (ROOT / "docs" / "guides" / "measuring.md").read_text()
 CHECKPOINTS = (ROOT / "docs" / "guides" / "checkpoints.md").read_text()
+GUIDANCE = (ROOT / "docs" / "guides" / "guidance.md").read_text()
 MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 
@@ -45,6 +46,7 @@ def test_the_python_block_runs(text_run, tmp_path, monkeypatch):
 def test_the_drawing_commands_run(text_run, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(text_run)
+    Image.effect_noise((8, 8), 50).convert("RGB").save(tmp_path / "small.png")
     lines = [
         line.partition("#")[0].strip()
         for block in blocks("sh")
@@ -170,3 +172,23 @@ def test_the_guide_names_every_family_and_pipeline():
     assert all(f"`{name}`" in CHECKPOINTS for name in FAMILIES)
     shipped = {name for name in PIPELINES if not name.endswith(("Img2ImgPipeline", "Legacy"))}
     assert all(name in CHECKPOINTS for name in shipped if "Inpaint" not in name)
+
+
+def test_the_guide_to_guidance_runs(text_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    apple = Image.effect_noise((32, 32), 50).convert("RGB")
+    apple.save("apple.png")
+    apple.resize((8, 8), Image.Resampling.BOX).save("small.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    mask.save("mask.png")
+    lines = [c for b in blocks("sh", GUIDANCE) for c in b.splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        command = line.partition(" # ")[0].strip().replace("mezzotint", str(MEZZOTINT), 1)
+        subprocess.run(["sh", "-c", f"{command} --steps 3"], check=True, capture_output=True)
+    (block,) = blocks("python", GUIDANCE)
+    exec(compile(block, "guidance.md", "exec"), {})  # noqa: S102
+    assert Path("symmetric.png").is_file()

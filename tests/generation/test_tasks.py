@@ -2,12 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mezzotint.errors import RequestError
+from mezzotint.generation import sampling
 from mezzotint.generation.generate import generate
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.metadata import write_image
@@ -133,6 +135,19 @@ def test_picture_k_of_a_batch_is_the_one_drawn_alone(pipeline: Pipeline) -> None
         assert abs(pixels(batch[k].image) - pixels(alone.image)).max() <= 1
 
 
+def test_tiled_sampling_draws_beyond_the_trained_size(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pipeline.generate(**COMMON)[0].image
+    assert pipeline.generate(**COMMON, tiled_sampling=True)[0].image.tobytes() == plain.tobytes()
+    large: dict[str, Any] = {**COMMON, "width": 128, "height": 96}
+    whole = pipeline.generate(**large)[0]
+    monkeypatch.setattr(sampling, "tile_of", lambda height, width: 16)
+    tiled = pipeline.generate(**large, tiled_sampling=True)[0]
+    assert tiled.image.size == (128, 96) and tiled.request.tiled_sampling
+    assert tiled.image.tobytes() != whole.image.tobytes()
+
+
 def test_tiled_decoding_of_a_small_picture_is_decoding(pipeline: Pipeline) -> None:
     plain = pipeline.generate(**COMMON)[0].image
     assert pipeline.generate(**COMMON, tiled_decoding=True)[0].image.tobytes() == plain.tobytes()
@@ -201,6 +216,7 @@ def test_the_request_alone_finds_its_files(pipeline: Pipeline, tmp_path: Path) -
         ({"strength": 0.0}, "strength: Input should be greater than 0"),
         ({"high_res": {"scale": 0.5}}, r"high_res\.scale"),
         ({"tiling": True, "tiled_decoding": True}, "exclude each other"),
+        ({"tiling": True, "tiled_sampling": True}, "exclude each other"),
         ({"variation_strength": 0.5}, "need one another"),
         ({"class_label": "fruit"}, "wants a prompt, but was given a class"),
         ({"semantic_map": Image.new("L", (32, 32))}, "semantic_map: not for the task"),

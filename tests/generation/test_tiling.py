@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mezzotint.generation.tiling import decode_in_tiles, seamless
+from mezzotint.conditioning.base import Conditioning
+from mezzotint.generation.tiling import decode_in_tiles, denoise_in_tiles, seamless, tile_of
 from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 
@@ -19,6 +20,32 @@ def test_tiles_of_a_pointwise_decoder_make_the_whole(size: tuple[int, int]) -> N
     latents = torch.randn(2, 4, *size)
     tiled = decode_in_tiles(enlarge, latents, 4, tile=8, overlap=2)
     torch.testing.assert_close(tiled, enlarge(latents), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 31), (40, 12)])
+def test_each_tile_is_told_its_own_part(size: tuple[int, int]) -> None:
+    x, told = torch.randn(2, 4, *size), torch.randn(2, 3, *size)
+    sigma = torch.tensor([0.5, 2.0])
+    cond = Conditioning(concat=told, crossattn=torch.ones(2, 5, 6))
+    seen: list[tuple[int, ...]] = []
+
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        assert cond.concat is not None and cond.crossattn is not None
+        seen.append(tuple(cond.crossattn.shape))
+        return x / sigma.view(-1, 1, 1, 1) + cond.concat.mean(1, keepdim=True)
+
+    tiled = denoise_in_tiles(denoiser, x, sigma, cond, tile=8, overlap=2)
+    torch.testing.assert_close(tiled, denoiser(x, sigma, cond), atol=1e-5, rtol=1e-5)
+    assert set(seen) == {(2, 5, 6)}
+
+
+def test_tiles_are_as_large_as_in_training() -> None:
+    assert [tile_of(*size) for size in ((16, 16), (32, 32), (48, 40), (128, 64))] == [
+        32,
+        32,
+        48,
+        64,
+    ]
 
 
 def test_no_call_sees_more_than_a_tile() -> None:

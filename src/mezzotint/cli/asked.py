@@ -1,9 +1,23 @@
 """What a user typed, as the fields of a request."""
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["adapter_uses", "boxes", "check", "of_picture", "second_pass", "sides", "size_of"]
+if TYPE_CHECKING:
+    from mezzotint.generation.inputs import InputPictures
+
+__all__ = [
+    "adapter_uses",
+    "boxes",
+    "check",
+    "guides_of",
+    "interval",
+    "of_picture",
+    "second_pass",
+    "sides",
+    "size_of",
+]
 
 
 def of_picture(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +94,52 @@ def adapter_uses(texts: list[str] | None) -> tuple[dict[str, Any], ...] | None:
         except ValueError:
             found.append({"name": text})
     return tuple(found) or None
+
+
+def guides_of(
+    texts: list[str] | None, pictures: "InputPictures"
+) -> tuple[dict[str, Any], ...] | None:
+    """Guides from ``KIND:WHAT`` or ``KIND:WHAT:SCALE``, where a file's name may have a colon."""
+    from mezzotint.errors import RequestError, nearest
+
+    found: list[dict[str, Any]] = []
+    for text in texts or ():
+        kind, _, what = text.partition(":")
+        if kind not in ("low-res", "colour", "known-pixels"):
+            raise RequestError(
+                f"--guide {text!r}: {nearest(kind, ('low-res', 'colour', 'known-pixels'))}"
+            )
+        fields: dict[str, Any] = {"kind": kind}
+        before, colon, scale = what.rpartition(":")
+        if colon:
+            with contextlib.suppress(ValueError):
+                fields["scale"], what = float(scale), before
+        if kind == "colour":
+            fields["colour"] = what
+        elif kind == "low-res":
+            fields["image"] = pictures.add(what)
+        else:
+            image, comma, mask = what.rpartition(",")
+            if not comma:
+                raise RequestError(f"--guide {text!r}: expected known-pixels:PICTURE,MASK[:SCALE]")
+            fields |= {"image": pictures.add(image), "mask": pictures.add(mask)}
+        found.append(fields)
+    return tuple(found) or None
+
+
+def interval(text: str | None) -> tuple[float, float] | None:
+    """Return two noise levels from ``0.2,5``."""
+    from mezzotint.errors import RequestError
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(
+            f"--guidance-interval {text!r}: expected two noise levels, as in 0.2,5"
+        ) from None
+    return low, high
 
 
 def sides(text: str | None) -> tuple[int, ...] | None:

@@ -67,6 +67,19 @@ def sample(
     guidance_rescale: Annotated[
         float | None, typer.Option(help="Take contrast back, 0 to 1.")
     ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(metavar="LOW,HIGH", help="Noise levels outside which there is none."),
+    ] = None,
+    guides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guide",
+            metavar="KIND:WHAT[:SCALE]",
+            help="low-res:small.png, colour:#ff8800 or known-pixels:picture.png,mask.png: lead"
+            " any model there; repeatable.",
+        ),
+    ] = None,
     eta: Annotated[
         float | None, typer.Option(help="Fresh noise of ddim and its kin: 0 none, 1 as ddpm.")
     ] = None,
@@ -92,6 +105,10 @@ def sample(
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="What to begin from.", rich_help_panel=_PICTURE)
+    ] = None,
+    low_res: Annotated[
+        Path | None,
+        typer.Option(help="What super-resolution enlarges.", rich_help_panel=_PICTURE),
     ] = None,
     mask: Annotated[
         Path | None,
@@ -137,6 +154,12 @@ def sample(
     tiling: Annotated[
         bool, typer.Option("--tiling", help="Edges fit together.", rich_help_panel=_SIZE)
     ] = False,
+    tiled_sampling: Annotated[
+        bool,
+        typer.Option(
+            "--tiled-sampling", help="Far beyond the trained size.", rich_help_panel=_SIZE
+        ),
+    ] = False,
     tiled_decoding: Annotated[
         bool,
         typer.Option(
@@ -169,6 +192,8 @@ def sample(
         adapter_uses,
         boxes,
         check,
+        guides_of,
+        interval,
         of_picture,
         second_pass,
         sides,
@@ -177,10 +202,16 @@ def sample(
     from mezzotint.cli.loading import open_model
     from mezzotint.cli.output import picture_path, slug
     from mezzotint.cli.progress import progress
+    from mezzotint.errors import RequestError
     from mezzotint.generation.generate import generate
     from mezzotint.generation.inputs import InputPictures
     from mezzotint.generation.metadata import FORMATS, write_image
 
+    if image is not None and low_res is not None:
+        raise RequestError(
+            "--image and --low-res exclude each other: a model takes the one or the other"
+        )
+    begun = image or low_res
     pictures = InputPictures()
     width, height = size_of(size)
     asked: dict[str, Any] = {
@@ -194,12 +225,14 @@ def sample(
         "spacing": spacing,
         "guidance_scale": guidance_scale,
         "guidance_rescale": guidance_rescale,
+        "guidance_interval": interval(guidance_interval),
+        "guides": guides_of(guides, pictures),
         "eta": eta,
         "negative_prompt": negative_prompt,
         "emphasis": emphasis,
         "clip_skip": clip_skip,
         "adapters": adapter_uses(adapters),
-        "image": pictures.add(image) if image else None,
+        "image": pictures.add(begun) if begun else None,
         "mask": pictures.add(mask) if mask else None,
         "strength": strength,
         "padding": sides(padding),
@@ -209,6 +242,7 @@ def sample(
         "height": height,
         "high_res": second_pass(high_res, high_res_strength, high_res_steps, upscaler),
         "tiling": tiling or None,
+        "tiled_sampling": tiled_sampling or None,
         "tiled_decoding": tiled_decoding or None,
     }
     given = {name: value for name, value in asked.items() if value is not None}
@@ -227,6 +261,9 @@ def sample(
         prediction=prediction,
         weights=weights,
     )
+    if low_res is not None and pipeline.task != "super-resolution":
+        wants = pipeline.model.conditioner.description
+        raise RequestError(f"{model}: the model wants {wants}, but was given a small picture")
     for fields in wanted:
         what = str(fields.get("prompt", fields.get("class_label", "image")))
         if strip is not None:
@@ -267,7 +304,8 @@ def _strips(
     from mezzotint.generation.adapters import adapters_of
 
     asked = pipeline.request(**fields)
-    others = ("image", "mask", "semantic_map", "high_res", "tiling", "tiled_decoding")
+    others = ["image", "mask", "semantic_map", "guides", "high_res"]
+    others += ["tiling", "tiled_sampling", "tiled_decoding"]
     given = [name for name in others if getattr(asked, name)]
     if given or adapters_of(pipeline, asked) or asked.variation_strength:
         what = ", ".join(given) or "adapters or variations"

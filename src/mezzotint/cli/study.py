@@ -105,6 +105,43 @@ def compression(
     print(write_report(output))
 
 
+@app.command()
+def conditions(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results and report; go on there.")
+    ] = Path("runs/study-conditions"),
+    work: Annotated[
+        Path, typer.Option(help="Folder for the training runs; a run that was stopped goes on.")
+    ] = Path("runs/study-conditions-work"),
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Conditions to do now. Default: all.")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=2, help="Held-out examples that are asked of each model.")
+    ] = 256,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Of each training. Default: the recipes'.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing; write the report.")
+    ] = False,
+) -> None:
+    """Every condition of the paper: a model of each, with its condition and without it."""
+    from mezzotint.studies.conditions import run_conditions_study, write_report
+
+    if not report_only:
+        run_conditions_study(
+            output,
+            work,
+            only=_list("only", only, str),
+            pictures=pictures,
+            minutes=minutes,
+            device=device,
+        )
+    print(write_report(output))
+
+
 def _list(name: str, text: str | None, kind: type[Any]) -> list[Any] | None:
     """What stands between commas."""
     from mezzotint.errors import ConfigError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from mezzotint.diffusion.samplers import get_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.adapters import adapters_of
 from mezzotint.generation.canvas import lay_out
+from mezzotint.generation.guides import ImageEnergy, energy_of, refuse_unknown
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import GenerationRequest, ReadAs, Resolved
 from mezzotint.generation.sampling import (
@@ -65,6 +66,7 @@ def generate(
     request: GenerationRequest,
     *,
     pictures: InputPictures | None = None,
+    functions: Mapping[str, ImageEnergy] | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[GeneratedImage]:
@@ -74,6 +76,7 @@ def generate(
         pipeline: The model and how it runs.
         request: What to draw; image k uses ``seed + k`` and a noise stream of its own.
         pictures: Where its input pictures are found; by default at their paths.
+        functions: The Python functions that guide it, by the names that it has for them.
         batch_size: Pictures drawn at once.
         on_progress: Called with (steps done, steps in all) over all batches.
 
@@ -82,7 +85,12 @@ def generate(
     """
     rows = [nth(request, k) for k in range(request.num_images)]
     drawn = generate_each(
-        pipeline, rows, pictures=pictures, batch_size=batch_size, on_progress=on_progress
+        pipeline,
+        rows,
+        pictures=pictures,
+        functions=functions,
+        batch_size=batch_size,
+        on_progress=on_progress,
     )
     results: list[GeneratedImage] = []
     for k, item in enumerate(drawn):
@@ -104,12 +112,13 @@ def generate_each(
     requests: Sequence[GenerationRequest],
     *,
     pictures: InputPictures | None = None,
+    functions: Mapping[str, ImageEnergy] | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[GeneratedImage]:
     """Draw one picture of each request, together.
 
-    They may differ in condition, inputs, adapters and seed only.
+    They may differ in condition, inputs, adapters, guides and seed only.
 
     Raises:
         RequestError: If the model cannot give what is asked.
@@ -118,6 +127,7 @@ def generate_each(
         raise RequestError(f"batch_size: must be at least 1, got {batch_size}")
     for request in requests:
         pipeline.check(request)
+        refuse_unknown(request, functions or {})
     pictures = pictures or InputPictures()
     count = min(batch_size or _most_at_once(pipeline, requests[0], pictures), len(requests))
     batches = list(_batches(pipeline, requests, count))
@@ -132,7 +142,7 @@ def generate_each(
                 done = (number * of + pass_) * total + step + 1
                 on_progress(done, len(batches) * of * total)
 
-        results += _draw(pipeline, rows, pictures, report)
+        results += _draw(pipeline, rows, pictures, functions or {}, report)
     return results
 
 
@@ -140,22 +150,33 @@ def _draw(
     pipeline: Pipeline,
     rows: Sequence[GenerationRequest],
     pictures: InputPictures,
+    functions: Mapping[str, ImageEnergy],
     report: Callable[[int, int, int], None],
 ) -> list[GeneratedImage]:
     """Draw one batch."""
     first, model = rows[0], pipeline.model
     canvas = lay_out(model, rows, pictures)
     adapters = adapters_of(pipeline, first)
+    guide = energy_of(first, pictures, functions, pipeline.execution.device)
     with (
         pipeline.adapted(adapters) as sums,
         seamless(model.unet, model.first_stage, active=first.tiling),
     ):
         latents = sample_latents(
-            pipeline, rows, canvas=canvas, callback=lambda i, n, *_: report(0, i, n)
+            pipeline,
+            rows,
+            canvas=canvas,
+            guide=guide,
+            callback=lambda i, n, *_: report(0, i, n),
         )
         if first.high_res is not None:
             latents = sample_again(
-                pipeline, rows, latents, first.high_res, callback=lambda i, n, *_: report(1, i, n)
+                pipeline,
+                rows,
+                latents,
+                first.high_res,
+                guide=guide,
+                callback=lambda i, n, *_: report(1, i, n),
             )
         pixels = decode_latents(pipeline, latents, tiled=first.tiled_decoding)
     finished: Tensor = to_bytes(pixels)
@@ -180,8 +201,8 @@ def _draw(
 def _batches(
     pipeline: Pipeline, requests: Sequence[GenerationRequest], count: int
 ) -> Iterator[list[GenerationRequest]]:
-    """Rows that are drawn together: at most so many, and of the same adapters."""
-    for _, group in groupby(requests, key=lambda request: adapters_of(pipeline, request)):
+    """Rows that are drawn together: at most so many, and of the same adapters and guides."""
+    for _, group in groupby(requests, key=lambda r: (adapters_of(pipeline, r), r.guides)):
         rows = list(group)
         for start in range(0, len(rows), count):
             yield rows[start : start + count]
@@ -190,7 +211,8 @@ def _batches(
 def _most_at_once(pipeline: Pipeline, request: GenerationRequest, pictures: InputPictures) -> int:
     canvas = lay_out(pipeline.model, [request], pictures)
     scale = request.high_res.scale if request.high_res is not None else 1.0
-    return max(1, int(_PIXELS_AT_ONCE / (canvas.drawn_height * canvas.drawn_width * scale**2)))
+    pixels = _PIXELS_AT_ONCE if not request.guides else _PIXELS_AT_ONCE // 16
+    return max(1, int(pixels / (canvas.drawn_height * canvas.drawn_width * scale**2)))
 
 
 def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str]) -> Resolved:

@@ -17,10 +17,12 @@ from mezzotint.device import Execution, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
+from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import (
     AdapterUse,
     GenerationRequest,
+    GuideUse,
     HighRes,
     InputImage,
     LayoutBox,
@@ -56,12 +58,15 @@ class MoreFields(TypedDict, total=False):
     padding: tuple[int, int, int, int]
     strength: float
     high_res: HighRes
+    guidance_interval: tuple[float, float]
+    guides: Sequence[GuideUse]
     variation_seed: int
     variation_strength: float
     emphasis: Literal["original", "no_norm", "ignore", "none"]
     clip_skip: int
     adapters: Sequence[AdapterUse]
     tiling: bool
+    tiled_sampling: bool
     tiled_decoding: bool
 
 
@@ -143,6 +148,14 @@ class Pipeline:
                 )
             if getattr(request, name) is None and wants == kind:
                 raise RequestError(f"{self.name}: the model wants {description}")
+        distilled = self.model.unet.config.guidance_embed_dim is not None
+        if request.tiled_sampling and distilled:
+            raise RequestError(f"{self.name}: tiled_sampling is not for distilled models yet")
+        if request.guidance_interval is not None and distilled:
+            raise RequestError(
+                f"{self.name}: guidance_interval is not for a distilled model, which is told the"
+                " scale of guidance at every noise level"
+            )
         if not isinstance(main_conditioner(self.model.conditioner), ClipConditioner):
             for name, plain in (("clip_skip", 1), ("emphasis", "original"), ("adapters", ())):
                 if getattr(request, name) != plain:
@@ -218,6 +231,7 @@ class Pipeline:
         spacing: str | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guide: Guide | ImageEnergy | Sequence[Guide | ImageEnergy] | None = None,
         eta: float | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -243,13 +257,17 @@ class Pipeline:
             spacing: A name of `mezzotint.diffusion.schedule.SPACINGS`.
             guidance_scale: 1 is no guidance.
             guidance_rescale: In [0, 1].
+            guide: Where to lead the pictures besides: a `mezzotint.generation.guides.Guide`, or a
+                function ``images (B, 3, H, W) in -1..1 -> (B,)`` that is low where they are good
+                and can be differentiated; or several.
             eta: Fresh noise of the DDIM family.
             width: In pixels.
             height: In pixels.
             batch_size: Pictures drawn at once; by default as many as fit well.
             on_progress: Called with (steps done, steps in all).
             **more: Other fields of `GenerationRequest`: ``strength``, ``padding``, ``high_res``,
-                ``variation_seed``, ``adapters``, ``clip_skip``, ``tiling``, ….
+                ``variation_seed``, ``guidance_interval``, ``adapters``, ``clip_skip``,
+                ``tiling``, ….
 
         Returns:
             Pictures with the request that draws each again.
@@ -268,6 +286,9 @@ class Pipeline:
                 )
             return pictures.add(picture)
 
+        functions: dict[str, ImageEnergy] = {}
+        if guide is not None:
+            more["guides"], functions = guide_uses(guide, pictures)
         request = self.request(
             prompt=prompt,
             class_label=class_label,
@@ -288,7 +309,12 @@ class Pipeline:
             **more,
         )
         return generate(
-            self, request, pictures=pictures, batch_size=batch_size, on_progress=on_progress
+            self,
+            request,
+            pictures=pictures,
+            functions=functions,
+            batch_size=batch_size,
+            on_progress=on_progress,
         )
 
 

@@ -10,6 +10,7 @@ from mezzotint.device import select_device
 from mezzotint.errors import ConfigError, RequestError
 from mezzotint.generation.adapters import adapters_of
 from mezzotint.generation.generate import GeneratedImage, generate_each, nth
+from mezzotint.generation.guides import refuse_unknown
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.metadata import read_request
 from mezzotint.generation.pipeline import load
@@ -54,7 +55,7 @@ def replay(
 
     Raises:
         RequestError: If the picture holds no request, or the model, an adapter or an input is not
-            the one that drew it.
+            the one that drew it, or a Python function guided it.
     """
     request = read_request(path)
     resolved = request.resolved
@@ -62,6 +63,7 @@ def replay(
         raise RequestError(f"{path}: its request does not say which model drew it")
     if device == "auto":
         device = resolved.device if _present(resolved.device) else "cpu"
+    refuse_unknown(request)
     read_as = {name: told for name, told in resolved.read_as.to_dict().items() if told is not None}
     pipeline = load(model or str(request.model), device, resolved.precision, **read_as)
     if pipeline.model_hash != resolved.model_hash:
@@ -70,7 +72,10 @@ def replay(
             f" {pipeline.model_hash}; name the right one with --model"
         )
     pictures = InputPictures()
-    wanted = [i for i in (request.image, request.mask, request.semantic_map) if i is not None]
+    named = [request.image, request.mask, request.semantic_map]
+    for guide in request.guides:
+        named += [guide.image, guide.mask]
+    wanted = [i for i in named if i is not None]
     for supplied in inputs:
         pictures.supply(supplied, wanted)
     first = resolved.image_index - resolved.batch_row

@@ -12,6 +12,7 @@ from mezzotint.errors import ConfigError, RequestError, nearest
 __all__ = [
     "AdapterUse",
     "GenerationRequest",
+    "GuideUse",
     "HighRes",
     "InputImage",
     "LayoutBox",
@@ -59,6 +60,13 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
     "inpainting": (*_CONDITIONS, "strength"),
     "outpainting": (*_CONDITIONS, "strength"),
 }
+# what each kind of guide cannot do without, and what it may take besides
+_OF_GUIDES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "low-res": (("image",), ("filter",)),
+    "colour": (("colour",), ("mask",)),
+    "known-pixels": (("image", "mask"), ()),
+    "function": (("name",), ()),
+}
 _OF_SOME_TASKS = (*_CONDITIONS, "semantic_map", "image", "mask", "padding", "strength")
 
 
@@ -98,6 +106,41 @@ class AdapterUse(Config):
 
     name: str
     weight: Weight = 1.0
+
+
+class GuideUse(Config):
+    """What leads the picture somewhere that the model was not trained to be told.
+
+    See `mezzotint.generation.guides` for what each does, and
+    `mezzotint.diffusion.energy_guidance` for how.
+
+    Attributes:
+        kind: ``low-res``: made as small as ``image``, the picture shall look like it. ``colour``:
+            its mean colour, or that of where ``mask`` is white, shall be ``colour``.
+            ``known-pixels``: it shall be like ``image`` where ``mask`` is black. ``function``: of
+            Python, of which only the ``name`` is known; it cannot be drawn again from here.
+        scale: How strongly it acts, a factor on its energy.
+        filter: What makes pictures small for ``low-res``; ``None`` is ``area``.
+    """
+
+    kind: Literal["low-res", "colour", "known-pixels", "function"]
+    image: InputImage | None = None
+    mask: InputImage | None = None
+    colour: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] | None = None
+    name: str | None = None
+    scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+    filter: Literal["area", "bicubic"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        required, besides = _OF_GUIDES[self.kind]
+        for name in ("image", "mask", "colour", "name", "filter"):
+            given = getattr(self, name) is not None
+            if given and name not in (*required, *besides):
+                raise ValueError(f"{name}: not for the guide {self.kind!r}")
+            if not given and name in required:
+                raise ValueError(f"{name}: required by the guide {self.kind!r}, but missing")
+        return self
 
 
 class HighRes(Config):
@@ -198,12 +241,17 @@ class GenerationRequest(Document):
         guidance_scale: s of classifier-free guidance (arXiv 2207.12598, with s = 1 + w): 1 is no
             guidance.
         guidance_rescale: phi of arXiv 2305.08891, section 3.4, in [0, 1].
+        guidance_interval: Noise levels (low, high) outside which there is no classifier-free
+            guidance, low < sigma <= high (arXiv 2404.07724).
+        guides: What leads the picture besides, whatever the model was trained for.
         eta: Fresh noise of the DDIM family (arXiv 2010.02502, equation 16): 0 is deterministic,
             1 is DDPM; ``None`` is the sampler's default.
         emphasis: How brackets in prompts act; see `mezzotint.conditioning.base.TextOptions`.
         clip_skip: 1 reads the text encoder's own last layer, 2 the one before it.
         adapters: LoRA adapters beside those that the prompt names.
         tiling: Whether left and right, and top and bottom, shall fit together.
+        tiled_sampling: Draw in overlapping tiles, each as large as the model was trained at but of
+            32 to 64 latents, that are blended at every step: for pictures far beyond that size.
         tiled_decoding: Decode in overlapping tiles: less memory for large pictures, at the price of
             slight differences.
         width: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
@@ -235,12 +283,15 @@ class GenerationRequest(Document):
     ) = None
     guidance_scale: Finite = 3.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance_interval: tuple[Finite, Finite] | None = None
+    guides: tuple[GuideUse, ...] = ()
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     # `mezzotint.conditioning.base.Emphasis` again, which would import torch
     emphasis: Literal["original", "no_norm", "ignore", "none"] = "original"
     clip_skip: Annotated[int, Field(ge=1, le=100)] = 1
     adapters: tuple[AdapterUse, ...] = ()
     tiling: bool = False
+    tiled_sampling: bool = False
     tiled_decoding: bool = False
     width: Annotated[int, Field(ge=1, le=16384)] | None = None
     height: Annotated[int, Field(ge=1, le=16384)] | None = None
@@ -313,8 +364,17 @@ class GenerationRequest(Document):
         fixed = ("inpainting", "outpainting", "super-resolution", "map-to-image")
         if self.high_res is not None and self.task in fixed:
             raise ValueError(f"high_res: not for the task {self.task!r}, whose size is the image's")
-        if self.tiling and self.tiled_decoding:
-            raise ValueError("tiling and tiled_decoding exclude each other: tiles have edges")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if low >= high:
+                raise ValueError(
+                    f"guidance_interval: {low} is not below {high}; expected low, high"
+                )
+        for name in ("tiled_sampling", "tiled_decoding"):
+            if self.tiling and getattr(self, name):
+                raise ValueError(f"tiling and {name} exclude each other: tiles have edges")
+        if self.tiled_sampling and self.layout is not None:
+            raise ValueError("tiled_sampling: not with a layout, which says where in the whole")
         return self
 
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,18 @@ from torch.nn import functional as F
 from mezzotint.conditioning.base import Conditioning
 from mezzotint.device import autocast
 from mezzotint.diffusion.denoiser import Denoiser
+from mezzotint.diffusion.energy_guidance import EnergyGuidance
 from mezzotint.diffusion.guidance import ClassifierFreeGuidance
 from mezzotint.diffusion.inpainting import HoldKnown
 from mezzotint.diffusion.samplers import Callback, Denoise, NoiseSource, SamplerInfo, get_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.canvas import Canvas, lay_out
 from mezzotint.generation.conditions import condition_inputs, latent_mask
+from mezzotint.generation.guides import ImageEnergy, energy_of
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import GenerationRequest, HighRes
-from mezzotint.generation.tiling import decode_in_tiles
+from mezzotint.generation.tiling import decode_in_tiles, denoise_in_tiles, tile_of
+from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.rng import SampleNoise, VariedNoise, mix
 
 if TYPE_CHECKING:
@@ -60,6 +64,7 @@ def sample_latents(
     requests: Sequence[GenerationRequest],
     *,
     canvas: Canvas | None = None,
+    guide: ImageEnergy | None = None,
     rng: NoiseSource | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -69,6 +74,7 @@ def sample_latents(
         pipeline: The model and how it runs.
         requests: What to draw; they may differ in condition, inputs and seed only.
         canvas: From `mezzotint.generation.canvas.lay_out`; laid out here if not given.
+        guide: From `mezzotint.generation.guides.energy_of`; made here if not given.
         rng: Where all noise comes from, the starting noise too; by default each request's seed.
         callback: Told of every step, with the sampler's state and the estimate of the clean latent.
 
@@ -93,6 +99,7 @@ def sample_latents(
         begun=begun,
         strength=strength,
         steps=first.steps,
+        guide=guide,
         rng=rng or _noise(requests),
         callback=callback,
     )
@@ -105,6 +112,7 @@ def sample_again(
     latents: Tensor,
     high_res: HighRes,
     *,
+    guide: ImageEnergy | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Enlarge latents and draw the detail that the larger size has room for.
@@ -114,6 +122,7 @@ def sample_again(
         requests: What drew the latents.
         latents: ``(B, C, h, w)`` of the first pass.
         high_res: How far to enlarge, and how much to draw anew.
+        guide: As for `sample_latents`.
         callback: Told of every step.
 
     Returns:
@@ -143,6 +152,7 @@ def sample_again(
         begun=begun,
         strength=high_res.strength,
         steps=high_res.steps or requests[0].steps,
+        guide=guide,
         rng=SampleNoise([mix(request.seed, _SECOND_PASS) for request in requests]),
         callback=callback,
     )
@@ -173,15 +183,19 @@ def _sample(
     begun: Tensor | None,
     strength: float,
     steps: int,
+    guide: ImageEnergy | None,
     rng: NoiseSource,
     callback: Callback | None,
 ) -> Tensor:
     model, device = pipeline.model, pipeline.execution.device
+    guide = guide or energy_of(requests[0], InputPictures(), {}, device)
     sampler, options = _sampler(pipeline, requests[0])
     sigmas = _levels(pipeline, sampler, requests[0], steps, strength)
     shape = model.latent_shape(canvas.drawn_height, canvas.drawn_width)
-    with autocast(pipeline.execution):
+    with autocast(pipeline.execution), _fixed_weights(model, active=guide is not None):
         denoise = _denoise(pipeline, requests, canvas)
+        if guide is not None:
+            denoise = _led(model, denoise, guide, canvas)
         noise = rng.normal(shape).to(device)
         # at full strength an image is still begun from, under much noise, unless a mask is filled
         from_noise = strength == 1.0 and canvas.mask is not None
@@ -254,5 +268,41 @@ def _denoise(pipeline: Pipeline, requests: Sequence[GenerationRequest], canvas: 
         null = model.conditioner(replace(inputs, captions=texts))
     elif scale != 1.0:
         null = model.conditioner(inputs, torch.ones(len(requests), dtype=torch.bool))
-    guided = ClassifierFreeGuidance(model.denoiser, null, scale, rescale=first.guidance_rescale)
+    denoiser = model.denoiser
+    if first.tiled_sampling:
+        tile = tile_of(*model.latent_shape(*model.image_size)[1:])
+        denoiser = partial(denoise_in_tiles, denoiser, tile=tile, overlap=tile // 4)
+    guided = ClassifierFreeGuidance(
+        denoiser,
+        null,
+        scale,
+        rescale=first.guidance_rescale,
+        interval=first.guidance_interval,
+    )
     return lambda x, sigma: guided(x, sigma, cond)
+
+
+def _led(model: LatentDiffusion, denoise: Denoise, guide: ImageEnergy, canvas: Canvas) -> Denoise:
+    """Lead a denoiser by an energy of the pictures that its latents decode to."""
+
+    def energy(latents: Tensor) -> Tensor:
+        images = model.decode(latents).float()[..., : canvas.height, : canvas.width]
+        # others' functions compute in the precision that they say
+        with torch.autocast(images.device.type, enabled=False):
+            return guide(images)
+
+    led = EnergyGuidance[None](lambda x, sigma, _: denoise(x, sigma), energy)
+    return lambda x, sigma: led(x, sigma, None)
+
+
+@contextmanager
+def _fixed_weights(model: LatentDiffusion, *, active: bool) -> Generator[None]:
+    """Keep gradients from the weights, where only those of the image are wanted."""
+    learning = [p for p in model.parameters() if active and p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
