@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.config import Document
-from mezzotint.data import DataConfig
+from mezzotint.data import EmojiDataConfig, FolderDataConfig
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import ConfigError, nearest
 from mezzotint.evaluation.card import DrawnWith, EvaluationCard, Number, PictureRecord
@@ -61,7 +61,7 @@ class SamplingStudy(Document):
     """
 
     model: str
-    data: str | DataConfig
+    data: str | Annotated[EmojiDataConfig | FolderDataConfig, Field(discriminator="kind")]
     samples: Annotated[int, Field(ge=_LEAST)] = 192
     seed: Annotated[int, Field(ge=0)] = 0
     samplers: Annotated[tuple[str, ...], Field(min_length=1)] = _DEFAULT_SAMPLERS

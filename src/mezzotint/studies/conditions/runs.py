@@ -1,0 +1,328 @@
+"""Training and measuring the models of the study of conditions, one after the other."""
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from mezzotint.checkpoints.model import load_model
+from mezzotint.conditioning.base import Conditioner, ConditionInputs
+from mezzotint.conditioning.spatial import main_conditioner, spatial_conditioner
+from mezzotint.data.base import Example
+from mezzotint.device import select_device, select_precision
+from mezzotint.errors import ConfigError, nearest
+from mezzotint.evaluation.grids import labelled_rows
+from mezzotint.generation.generate import generate_each
+from mezzotint.generation.inputs import InputPictures
+from mezzotint.generation.pipeline import Pipeline
+from mezzotint.rng import keyed_generator
+from mezzotint.studies.conditions.guided import measure_guided
+from mezzotint.studies.conditions.judging import MANY, SINGLE, open_judges, scenes
+from mezzotint.studies.conditions.measures import (
+    MEASURES,
+    Asked,
+    Judges,
+    Measure,
+    further_numbers,
+)
+from mezzotint.studies.conditions.results import ConditionResult, MeasuredGap, write_result
+from mezzotint.studies.machine import this_machine
+from mezzotint.training.checkpoint import list_checkpoints, read_checkpoint
+from mezzotint.training.conditions import ConditionMaker, Told
+from mezzotint.training.previews import condition_picture, request_fields
+from mezzotint.training.recipe import DiffusionRecipe
+from mezzotint.training.run import load_recipe, train
+
+__all__ = ["CONDITIONS", "GUIDED", "run_conditions_study"]
+
+SEED, STEPS, BATCH = 1000, 25, 32
+_SHOWN = 10  # columns of the sheet
+_WITHOUT = {"main": "without text", "spatial": "without picture"}
+_MARGIN = 0.03  # of the side, by which a mask goes beyond what it hides
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A model of the study.
+
+    Attributes:
+        recipe: That trains it.
+        data: What kind of scenes it is trained on and asked for.
+    """
+
+    recipe: str
+    data: Mapping[str, float]
+
+
+CONDITIONS: Mapping[str, Condition] = {
+    "class": Condition("emoji-class", SINGLE),
+    "text": Condition("emoji-text", SINGLE),
+    "layout": Condition("emoji-layout", MANY),
+    "semantic": Condition("emoji-semantic", MANY),
+    "super-resolution": Condition("emoji-super-resolution", MANY),
+    "inpainting": Condition("emoji-inpainting", MANY),
+    "hybrid": Condition("emoji-hybrid", SINGLE),
+}
+
+
+GUIDED = "guided"  # an unconditional model, led without retraining
+
+
+def run_conditions_study(
+    output: Path,
+    work: Path,
+    *,
+    only: Sequence[str] | None = None,
+    pictures: int = 256,
+    minutes: float | None = None,
+    count: int | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> None:
+    """Do what is still missing of the study; each result is written when it is there.
+
+    Args:
+        output: Folder of the results: ``<condition>.json`` and ``<condition>.png``.
+        work: Folder of the training runs and judges; a run that was stopped goes on.
+        only: Conditions to do now; all by default.
+        pictures: Held-out examples that are asked of each model.
+        minutes: Of each training, the first stage's too; by default the recipes'.
+        count: Scenes of each training; by default the recipes'.
+        device: ``auto``, ``cpu``, ``cuda``, …
+        console: Where progress is shown.
+
+    Raises:
+        ConfigError: If there is no such condition.
+        MissingExtraError: If what trains is not installed.
+    """
+    known = (*CONDITIONS, GUIDED)
+    for name in only or ():
+        if name not in known:
+            raise ConfigError(f"unknown condition {name!r}; {nearest(name, known)}")
+    common: list[str] = []
+    if minutes is not None:
+        common.append(f"budget.max_minutes={minutes}")
+    if count is not None:
+        common.append(f"data.count={count}")
+    runner = _Runner(output, work, pictures, common, device, console or Console())
+    for name in only or known:
+        if not (output / f"{name}.json").is_file():
+            if name == GUIDED:
+                runner.guided()
+            else:
+                runner.condition(name)
+
+
+class _Runner:
+    """Trains and measures single models of the study."""
+
+    def __init__(
+        self,
+        output: Path,
+        work: Path,
+        pictures: int,
+        common: Sequence[str],
+        device: str,
+        console: Console,
+    ) -> None:
+        self.output, self.work, self.pictures = output, work, pictures
+        self.common, self.device, self.console = common, device, console
+        self.execution = select_precision("auto", select_device(device))
+        self._judges: Judges | None = None
+
+    @property
+    def judges(self) -> Judges:
+        """The judges, trained at first use."""
+        if self._judges is None:
+            self._say("training the judges, if that is not done")
+            self._judges = open_judges(self.work / "judges.safetensors")
+        return self._judges
+
+    def condition(self, name: str) -> None:
+        """Train a model if that is not done, and measure it."""
+        condition, run = CONDITIONS[name], self.work / name
+        first_stage = ["first_stage.recipe=null", f"first_stage.path={self._autoencoder()}"]
+        self._train(condition.recipe, run, first_stage)
+        recipe = load_recipe(condition.recipe)
+        assert isinstance(recipe, DiffusionRecipe)
+        pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
+        asked = _ask(pipeline, recipe, name, self.pictures)
+        drawn = _draw(pipeline, asked, recipe.guidance_scale)
+        nulls: dict[str, Tensor] = {}
+        for part in dict.fromkeys(measure.null for measure in MEASURES[name]):
+            with nulled(pipeline.model.conditioner, part):
+                nulls[part] = _draw(pipeline, asked, recipe.guidance_scale)
+        gaps = [self._gap(m, drawn, nulls[m.null], asked) for m in MEASURES[name]]
+        last = read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+        model = pipeline.model
+        result = ConditionResult(
+            condition=name,
+            recipe=condition.recipe,
+            parameters=sum(
+                p.numel() for part in (model.unet, model.conditioner) for p in part.parameters()
+            ),
+            steps=last.step,
+            minutes=float(last.values["seconds"]) / 60,
+            pictures=len(drawn),
+            gaps=tuple(gaps),
+            further=further_numbers(name, drawn, asked),
+            machine=this_machine(self.execution),
+        )
+        self.output.mkdir(parents=True, exist_ok=True)
+        _sheet(asked, drawn, nulls, pipeline).save(self.output / f"{name}.png")
+        write_result(self.output / f"{name}.json", result)
+
+    def guided(self) -> None:
+        """Train an unconditional model if that is not done, and lead it."""
+        run = self.work / "unconditional"
+        first_stage = ["first_stage.recipe=null", f"first_stage.path={self._autoencoder()}"]
+        self._train("emoji-unconditional", run, first_stage)
+        pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
+        self.output.mkdir(parents=True, exist_ok=True)
+        count = max(2, self.pictures // 20)
+        picture = self.output / f"{GUIDED}.png"
+        result = measure_guided(pipeline, self.execution, targets=count, picture=picture)
+        self._say(
+            f"led to {result.side}x{result.side} pixels: {result.guided_psnr:.1f} dB"
+            f" ({result.chance_psnr:.1f} by chance), {result.diversity_left:.0%} of the diversity"
+        )
+        write_result(self.output / f"{GUIDED}.json", result)
+
+    def _autoencoder(self) -> Path:
+        run = self.work / "autoencoder"
+        self._train("emoji-autoencoder", run, [])
+        return run
+
+    def _train(self, recipe: str, run: Path, overrides: list[str]) -> None:
+        last_written = ("vae/config.json", "model_index.json")
+        if any((run / "model" / name).is_file() for name in last_written):
+            return
+        shared = self.work / "latents"  # they go by content: models of the same scenes share them
+        shared.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / "latents").exists():
+            (run / "latents").symlink_to(shared.resolve(), target_is_directory=True)
+        resume = (run / "recipe.yaml").is_file()
+        overrides = [*self.common, *overrides]
+        train(recipe, overrides, run, resume=resume, device=self.device, console=self.console)
+
+    def _gap(self, measure: Measure, drawn: Tensor, null: Tensor, asked: Asked) -> MeasuredGap:
+        real, ours, without = (
+            measure.of(images, asked, self.judges) for images in (asked.images, drawn, null)
+        )
+        gap = MeasuredGap(name=measure.name, null=without, drawn=ours, real=real)
+        self._say(
+            f"{measure.name}: {without:.3f} without the condition, {ours:.3f} with it,"
+            f" {real:.3f} of real pictures: {gap.closed:.0%} of the gap"
+        )
+        return gap
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[study] {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def nulled(conditioner: Conditioner, part: str) -> Generator[None]:
+    """Let a conditioner say its null whatever it is told.
+
+    Args:
+        conditioner: Of a model.
+        part: Of a hybrid, whether what conditions by cross-attention (``main``) or by concatenation
+            (``spatial``).
+    """
+    chosen = main_conditioner(conditioner) if part == "main" else spatial_conditioner(conditioner)
+
+    def drop_all(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs: ConditionInputs = given[0]
+        return inputs, torch.ones(inputs.count, dtype=torch.bool)
+
+    handle = chosen.register_forward_pre_hook(drop_all)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _ask(pipeline: Pipeline, recipe: DiffusionRecipe, name: str, count: int) -> Asked:
+    """Take held-out compositions as conditions."""
+    data = scenes(dict(CONDITIONS[name].data), "validation", count)
+    maker = ConditionMaker(
+        pipeline.model,
+        data,
+        seed=recipe.seed,
+        degradation=recipe.degradation,
+        masks=recipe.masks,
+    )
+    examples = [data.load(k) for k in range(count)]
+    told = [maker.of_example(e, keyed_generator(SEED, k)) for k, e in enumerate(examples)]
+    if name == "hybrid":  # what is told in words must not be seen
+        told = [_hide(t, e) for t, e in zip(told, examples, strict=True)]
+    return Asked(examples, told)
+
+
+def _hide(told: Told, example: Example) -> Told:
+    """Let the mask cover the object."""
+    assert told.mask is not None and example.boxes
+    box, (height, width) = example.boxes[0], told.mask.shape[-2:]
+    mask = torch.zeros_like(told.mask)
+    top = math.floor((box.top - _MARGIN) * height)
+    left = math.floor((box.left - _MARGIN) * width)
+    bottom = math.ceil((box.bottom + _MARGIN) * height)
+    right = math.ceil((box.right + _MARGIN) * width)
+    mask[:, max(0, top) : bottom, max(0, left) : right] = 1.0
+    return replace(told, mask=mask)
+
+
+def _draw(pipeline: Pipeline, asked: Asked, guidance_scale: float) -> Tensor:
+    """Draw what is asked, ``(N, 3, H, W)`` in -1..1."""
+    pictures = InputPictures()
+    requests = [
+        pipeline.request(
+            **request_fields(told, pictures),
+            seed=SEED + k,
+            steps=STEPS,
+            spacing="trailing",
+            guidance_scale=guidance_scale,
+        )
+        for k, told in enumerate(asked.told)
+    ]
+    drawn = generate_each(pipeline, requests, pictures=pictures, batch_size=BATCH)
+    pixels = np.stack([np.asarray(item.image) for item in drawn])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _sheet(
+    asked: Asked, drawn: Tensor, nulls: Mapping[str, Tensor], pipeline: Pipeline
+) -> Image.Image:
+    """Conditions, what was drawn of them, what without them, and the real pictures."""
+    shown = slice(0, _SHOWN)
+    size = drawn.shape[-1] * 2
+    names = pipeline.model.conditioner.settings().get("class_names", ())
+    rows: dict[str, list[Image.Image]] = {}
+    conditions = [condition_picture(told, (size, size), names) for told in asked.told[shown]]
+    pictured = [picture for picture in conditions if picture is not None]
+    if pictured:
+        rows["condition"] = pictured
+    rows["drawn"] = _images(drawn[shown], size)
+    for part, images in nulls.items():
+        rows[_WITHOUT[part] if len(nulls) > 1 else "without"] = _images(images[shown], size)
+    rows["real"] = _images(asked.images[shown], size)
+    headings = [told.caption or "" for told in asked.told[shown]]
+    if asked.told[0].label is not None:
+        headings = [names[told.label or 0].replace("-", " ") for told in asked.told[shown]]
+    return labelled_rows(rows, headings=headings if any(headings) else None)
+
+
+def _images(images: Tensor, size: int) -> list[Image.Image]:
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return [
+        Image.fromarray(p.numpy()).resize((size, size), Image.Resampling.LANCZOS) for p in pixels
+    ]

@@ -1,0 +1,107 @@
+"""The study of conditions, from training to the table, at a tiny size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mezzotint.conditioning.base import ConditionInputs
+from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
+from mezzotint.errors import CheckpointError, ConfigError, DataError
+from mezzotint.evaluation import judges
+from mezzotint.studies.conditions import (
+    CONDITIONS,
+    MeasuredGap,
+    guided,
+    judging,
+    run_conditions_study,
+    runs,
+    write_report,
+)
+from mezzotint.studies.conditions.measures import MEASURES, diffusion_fill
+from mezzotint.studies.conditions.results import read_guided, read_result
+from mezzotint.studies.conditions.runs import nulled
+from mezzotint.training.recipe import DiffusionRecipe
+from mezzotint.training.run import load_recipe
+
+
+def test_every_condition_has_a_recipe_on_one_autoencoder_and_measures() -> None:
+    assert set(MEASURES) == set(CONDITIONS)
+    for condition in CONDITIONS.values():
+        recipe = load_recipe(condition.recipe)
+        assert isinstance(recipe, DiffusionRecipe)
+        assert recipe.first_stage.to_dict()["recipe"] == "emoji-autoencoder"
+        data = recipe.data.to_dict()
+        assert {key: data[key] for key in condition.data} == condition.data
+        assert data["split"] == "train"  # and the study asks for validation
+        assert recipe.budget.max_minutes is not None and recipe.budget.max_minutes <= 15
+
+
+def test_the_gap_that_is_closed() -> None:
+    assert MeasuredGap(name="a", null=0.1, drawn=0.7, real=0.9).closed == pytest.approx(0.75)
+    # of a distance, which is smaller where it is better
+    assert MeasuredGap(name="a", null=0.8, drawn=0.2, real=0.0).closed == pytest.approx(0.75)
+
+
+def test_a_nulled_conditioner_says_its_null_for_a_while() -> None:
+    conditioner = ClassConditioner(ClassConditionerConfig(width=4, class_names=("a", "b")))
+    inputs = ConditionInputs(count=2, labels=[0, 1])
+    told, null = conditioner(inputs).crossattn, conditioner.null(2).crossattn
+    with nulled(conditioner, "main"):
+        assert torch.equal(conditioner(inputs).crossattn, null)
+    assert torch.equal(conditioner(inputs).crossattn, told)
+    assert not torch.equal(told, null)
+
+
+def test_diffusion_fill_solves_the_heat_equation() -> None:
+    """Harmonic functions, planes among them, are what it restores exactly."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 24), indexing="ij")
+    plane = (0.5 * x + 0.2 * y).expand(1, 3, 24, 24)
+    mask = torch.zeros(1, 1, 24, 24, dtype=torch.bool)
+    mask[..., 6:16, 5:18] = True
+    filled = diffusion_fill(plane.masked_fill(mask, 9.0), mask)
+    torch.testing.assert_close(filled, plane, atol=1e-4, rtol=0)
+
+
+def test_from_training_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_SINGLES", 96)
+    monkeypatch.setattr(judging, "_SCENES", 96)
+    monkeypatch.setattr(runs, "STEPS", 3)
+    monkeypatch.setattr(guided, "STEPS", 3)
+    few_steps = judges.train_segmenter.__kwdefaults__ | {"steps": 3}
+    monkeypatch.setattr(judges.train_segmenter, "__kwdefaults__", few_steps)
+    output, work = tmp_path / "results", tmp_path / "work"
+    run_conditions_study(
+        output,
+        work,
+        only=["layout", "hybrid", "guided"],
+        pictures=3,
+        minutes=0.01,
+        count=32,
+        device="cpu",
+    )
+    layout, hybrid = (read_result(output / f"{name}.json") for name in ("layout", "hybrid"))
+    assert [gap.name for gap in layout.gaps] == ["class accuracy in the boxes", "IoU of the boxes"]
+    assert hybrid.further["largest change outside the mask (of 255)"] == 0.0
+    assert layout.pictures == 3 and layout.steps >= 1
+    text = write_report(output).read_text()
+    assert text.count("| layout |") == 2 and text.count("| hybrid |") == 4
+    led = read_guided(output / "guided.json")
+    assert (led.targets, led.each, led.side) == (2, 4, 8)
+    assert led.between_guided > 0 and led.to_true_draw > 0 and led.diversity_left > 0
+    assert "diversity left of what the target allows" in text
+    before = (output / "layout.json").stat().st_mtime_ns
+    run_conditions_study(output, work, only=["layout"], device="cpu")  # is there already
+    assert (output / "layout.json").stat().st_mtime_ns == before
+
+
+def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown condition 'depth'"):
+        run_conditions_study(tmp_path, tmp_path, only=["depth"])
+    damaged = tmp_path / "guided.json"
+    damaged.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged; delete it to measure anew"):
+        write_report(tmp_path)
+    damaged.unlink()
+    with pytest.raises(DataError, match="holds no results"):
+        write_report(tmp_path)
