@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.data.images import FolderData, FolderDataConfig
 from mezzotint.evaluation.grids import image_grid
-from mezzotint.evaluation.metrics import image_features, psnr
+from mezzotint.evaluation.judges import Classifier, train_classifier
+from mezzotint.evaluation.metrics import psnr
 from mezzotint.generation.generate import to_images
 from mezzotint.generation.pipeline import load
 from mezzotint.latent_diffusion import FirstStage
-from mezzotint.models.features import load_features
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.training.run import train
 
@@ -60,26 +60,9 @@ def bicubic(images: Tensor, factor: int) -> Tensor:
     return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
 
 
-def train_classifier(images: Tensor, labels: Tensor, classes: int) -> nn.Module:
-    """Train a linear classifier on MobileNetV2 features of real photographs."""
-    features = load_features("mobilenet-v2")
-    x = image_features(features, images)
-    torch.manual_seed(0)
-    head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), nn.Linear(x.shape[1], classes))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.5)
-    for _ in range(60):
-        for part in torch.randperm(len(x)).split(128):
-            optimizer.zero_grad()
-            F.cross_entropy(head(x[part]), labels[part], label_smoothing=0.1).backward()
-            optimizer.step()
-    return head.eval()
-
-
-@torch.inference_mode()
-def accuracy(head: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     """Share of images that the classifier puts into their class."""
-    found = head(image_features(load_features("mobilenet-v2"), images)).argmax(1)
-    return float((found == labels).float().mean())
+    return float((classifier(images) == labels).float().mean())
 
 
 def measure_autoencoder(console: Console, common: list[str], folder: str, out: Path) -> Result:

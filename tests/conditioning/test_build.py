@@ -23,7 +23,7 @@ from mezzotint.conditioning.spatial import (
     LowResConditioner,
     SemanticMapConditioner,
 )
-from mezzotint.conditioning.text import TextConditioner, train_tokenizer
+from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig, train_tokenizer
 from mezzotint.config import Config, parse
 from mezzotint.errors import ConfigError
 
@@ -61,7 +61,11 @@ def read(fields: dict[str, Any]) -> ConditioningConfig:
 
 
 def build(config: ConditioningConfig) -> Conditioner:
-    return build_conditioner(config, lambda text: train_tokenizer(CAPTIONS, text.vocab_size))
+    main = main_config(config)
+    learned = isinstance(main, TextConditionerConfig)
+    return build_conditioner(
+        config, train_tokenizer(CAPTIONS, main.vocab_size) if learned else None
+    )
 
 
 def test_every_kind_is_tried():

@@ -99,6 +99,13 @@ def test_a_flipped_view_has_flipped_pictures() -> None:
     assert again is not None and torch.equal(moved, again)
 
 
+def test_words_and_classes_need_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = EmojiData(EmojiDataConfig(subset="demo-48", resolution=64))
+    conditions = maker(ClassConditionerConfig(width=16), data)
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("a picture was loaded"))
+    assert conditions.of_view(5, 3, generator()).label == data.describe(5).label
+
+
 def test_masks_cover_what_the_encoder_does_not_see() -> None:
     conditions = maker(InpaintingConditionerConfig(masked_value=0.0))
     told = [conditions.of_view(k, 0, generator(k)) for k in range(3)]

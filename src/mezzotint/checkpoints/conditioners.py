@@ -3,7 +3,7 @@
 A conditioner of two parts has a sub-folder for each.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from mezzotint.checkpoints.compvis_text import conditioner_map
 from mezzotint.checkpoints.folder import (
@@ -23,25 +23,15 @@ from mezzotint.checkpoints.folder import (
     write_json,
 )
 from mezzotint.conditioning.base import Conditioner, Unconditional
-from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
-from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
+from mezzotint.conditioning.build import CONFIGURATIONS, READ_TEXT, build_conditioner
+from mezzotint.conditioning.classes import ClassConditionerConfig
 from mezzotint.conditioning.clip import (
-    ClipConditioner,
     ClipConditionerConfig,
     check_vocabulary,
 )
-from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
 from mezzotint.conditioning.spatial import (
     HybridConditioner,
-    InpaintingConditioner,
-    InpaintingConditionerConfig,
-    LowResConditioner,
-    LowResConditionerConfig,
-    SemanticMapConditioner,
-    SemanticMapConditionerConfig,
 )
-from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig
-from mezzotint.conditioning.vocabularies import bert_tokenizer, clip_tokenizer
 from mezzotint.config import Config
 from mezzotint.errors import CheckpointError, ConfigError, nearest, short
 from mezzotint.storage.tensors import TensorInfo, refuse_pointer
@@ -49,65 +39,16 @@ from mezzotint.storage.tensors import TensorInfo, refuse_pointer
 __all__ = [
     "PARTS",
     "ExpectedWeights",
-    "build_conditioner",
     "clip_weights",
     "read_token_width",
     "expected_weights",
     "load_conditioner",
-    "published_tokenizer",
     "save_conditioner",
 ]
 
 _WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"
 PARTS = ("main", "spatial")
-_CONFIGURED: Mapping[type[Conditioner], type[Config]] = {
-    TextConditioner: TextConditionerConfig,
-    ClipConditioner: ClipConditionerConfig,
-    BertTextConditioner: BertTextConditionerConfig,
-    ClassConditioner: ClassConditionerConfig,
-    LayoutConditioner: LayoutConditionerConfig,
-    SemanticMapConditioner: SemanticMapConditionerConfig,
-    LowResConditioner: LowResConditionerConfig,
-    InpaintingConditioner: InpaintingConditionerConfig,
-}
-# what is built of a configuration and a tokenizer, and the published one if there is one
-_READS_TEXT: Mapping[type[Conditioner], Callable[[], Tokenizer] | None] = {
-    TextConditioner: None,
-    ClipConditioner: clip_tokenizer,
-    BertTextConditioner: bert_tokenizer,
-}
-_CLASSES: Mapping[type[Config], type[Conditioner]] = {
-    config: kind for kind, config in _CONFIGURED.items()
-}
-_KINDS = {kind.__name__: kind for kind in (*_CONFIGURED, Unconditional, HybridConditioner)}
-
-
-def build_conditioner(config: Config, tokenizer: Tokenizer | None = None) -> Conditioner:
-    """Build a conditioner of its configuration, with random weights.
-
-    Args:
-        config: Of a kind that this module knows.
-        tokenizer: Of one that reads text; the published one if not given.
-
-    Raises:
-        ConfigError: If the tokenizer is not for it.
-        MissingExtraError: If it needs ``transformers``, which is not installed.
-    """
-    kind = _CLASSES[type(config)]
-    build = cast(Callable[..., Conditioner], kind)
-    if kind not in _READS_TEXT:
-        return build(config)
-    published = _READS_TEXT[kind]
-    assert tokenizer is not None or published is not None, "it trains a tokenizer of its own"
-    return build(config, tokenizer or (published and published()))
-
-
-def published_tokenizer(conditioner: nn.Module) -> Tokenizer | None:
-    """Return the tokenizer with which models of a conditioner's kind were published, if any."""
-    published = next(
-        (give for kind, give in _READS_TEXT.items() if type(conditioner) is kind), None
-    )
-    return published and published()
+_KINDS = {kind.__name__: kind for kind in (*CONFIGURATIONS, Unconditional, HybridConditioner)}
 
 
 def save_conditioner(
@@ -125,7 +66,7 @@ def save_conditioner(
     if isinstance(conditioner, HybridConditioner):
         for name in PARTS:
             save_conditioner(getattr(conditioner, name), folder / name, dtype)
-    elif type(conditioner) in _CONFIGURED:
+    elif type(conditioner) in CONFIGURATIONS:
         keys |= cast(Config, conditioner.config).to_dict()
         if state := conditioner.state_dict():
             save_weights(state, folder / _WEIGHTS, dtype)
@@ -237,13 +178,13 @@ def _read(folder: Path) -> tuple[type[Conditioner], Config | None, Tokenizer | N
         near = nearest(name, _KINDS)
         raise CheckpointError(f"{folder / CONFIG}: unknown conditioner {short(name)}; {near}")
     kind = _KINDS[name]
-    if kind not in _CONFIGURED:
+    if kind not in CONFIGURATIONS:
         return kind, None, None
     with _mistakes_are_the_files():
-        config = _CONFIGURED[kind].from_dict(keys, str(folder / CONFIG))
+        config = CONFIGURATIONS[kind].from_dict(keys, str(folder / CONFIG))
     if isinstance(config, ClassConditionerConfig) and not config.class_names:
         raise CheckpointError(f"{folder / CONFIG}: class_names is empty; expected the classes")
-    return kind, config, _tokenizer(folder / _TOKENIZER) if kind in _READS_TEXT else None
+    return kind, config, _tokenizer(folder / _TOKENIZER) if kind in READ_TEXT else None
 
 
 def _build(folder: Path, config: Config, tokenizer: Tokenizer | None) -> Conditioner:

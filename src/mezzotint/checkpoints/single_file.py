@@ -18,7 +18,6 @@ from mezzotint.checkpoints.averages import average_of, takes_averages, with_aver
 from mezzotint.checkpoints.compvis import Rule, TensorMap
 from mezzotint.checkpoints.compvis_config import CompvisConfig, read_compvis_config
 from mezzotint.checkpoints.compvis_write import Described, describe
-from mezzotint.checkpoints.conditioners import build_conditioner, published_tokenizer
 from mezzotint.checkpoints.embeddings import is_embedding
 from mezzotint.checkpoints.families import Family
 from mezzotint.checkpoints.folder import (
@@ -34,6 +33,7 @@ from mezzotint.checkpoints.registry import SINGLE_FILES
 from mezzotint.checkpoints.sketch import PREFIXES
 from mezzotint.checkpoints.telling import tell_disagreement
 from mezzotint.conditioning.base import Conditioner, Unconditional
+from mezzotint.conditioning.build import build_conditioner, published_tokenizer
 from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization

@@ -1,14 +1,16 @@
-"""Every conditioning that a recipe can ask for, and how it is built (paper, section 3.3)."""
+"""Every conditioner, what a recipe can ask for, and how each is built (paper, section 3.3)."""
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal, cast
 
 from pydantic import Field
 from tokenizers import Tokenizer
+from torch import nn
 
 from mezzotint.conditioning.base import Conditioner, Unconditional
 from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditionerConfig
 from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
+from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
 from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
 from mezzotint.conditioning.spatial import (
     HybridConditioner,
@@ -20,11 +22,13 @@ from mezzotint.conditioning.spatial import (
     SemanticMapConditionerConfig,
 )
 from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig
-from mezzotint.conditioning.vocabularies import bert_tokenizer
+from mezzotint.conditioning.vocabularies import bert_tokenizer, clip_tokenizer
 from mezzotint.config import Config
 from mezzotint.errors import ConfigError
 
 __all__ = [
+    "CONFIGURATIONS",
+    "READ_TEXT",
     "ConditioningConfig",
     "HybridConfig",
     "MainConfig",
@@ -33,9 +37,31 @@ __all__ = [
     "build_conditioner",
     "concat_channels",
     "main_config",
+    "published_tokenizer",
     "spatial_config",
     "with_class_names",
 ]
+
+# each conditioner that is built of one configuration
+CONFIGURATIONS: Mapping[type[Conditioner], type[Config]] = {
+    TextConditioner: TextConditionerConfig,
+    ClipConditioner: ClipConditionerConfig,
+    BertTextConditioner: BertTextConditionerConfig,
+    ClassConditioner: ClassConditionerConfig,
+    LayoutConditioner: LayoutConditionerConfig,
+    SemanticMapConditioner: SemanticMapConditionerConfig,
+    LowResConditioner: LowResConditionerConfig,
+    InpaintingConditioner: InpaintingConditionerConfig,
+}
+# what is built of a tokenizer too, and the published one if there is one
+READ_TEXT: Mapping[type[Conditioner], Callable[[], Tokenizer] | None] = {
+    TextConditioner: None,
+    ClipConditioner: clip_tokenizer,
+    BertTextConditioner: bert_tokenizer,
+}
+_CLASSES: Mapping[type[Config], type[Conditioner]] = {
+    config: kind for kind, config in CONFIGURATIONS.items()
+}
 
 MainConfig = (
     TextConditionerConfig
@@ -125,44 +151,39 @@ def with_class_names(
     return named
 
 
-def build_conditioner(
-    config: ConditioningConfig,
-    tokenizer: Callable[[TextConditionerConfig], Tokenizer] | None = None,
-) -> Conditioner:
-    """Build the conditioner of a configuration, untrained.
+def build_conditioner(config: Config, tokenizer: Tokenizer | None = None) -> Conditioner:
+    """Build a conditioner of its configuration, with random weights.
 
     Args:
-        config: Any conditioning; classes have their names (see `with_class_names`).
-        tokenizer: Makes the vocabulary that ``kind: text`` learns from its captions; nothing else
-            needs it. ``kind: bert`` reads BERT's own, which is shipped.
+        config: Of any conditioner; classes have their names (see `with_class_names`).
+        tokenizer: Of one that reads text; the published one if not given. ``kind: text`` has none,
+            as it learns its vocabulary from its captions.
 
     Raises:
-        ConfigError: If ``kind: class`` has no classes, or the vocabulary does not fit.
+        ConfigError: If ``kind: class`` has no classes, or the tokenizer is not for it.
+        MissingExtraError: If it needs ``transformers``, which is not installed.
 
     Example:
         >>> build_conditioner(LowResConditionerConfig()).concat_channels
         3
     """
-    match config:
-        case TextConditionerConfig():
-            assert tokenizer is not None, "kind: text needs a vocabulary"
-            return TextConditioner(config, tokenizer(config))
-        case BertTextConditionerConfig():
-            return BertTextConditioner(config, bert_tokenizer())
-        case ClassConditionerConfig():
-            if not config.class_names:
-                raise ConfigError("conditioning.class_names: kind 'class' needs at least one class")
-            return ClassConditioner(config)
-        case LayoutConditionerConfig():
-            return LayoutConditioner(config)
-        case SemanticMapConditionerConfig():
-            return SemanticMapConditioner(config)
-        case LowResConditionerConfig():
-            return LowResConditioner(config)
-        case InpaintingConditionerConfig():
-            return InpaintingConditioner(config)
-        case HybridConfig():
-            main = build_conditioner(config.main, tokenizer)
-            return HybridConditioner(main, build_conditioner(config.spatial))
-        case UnconditionalConfig():
-            return Unconditional()
+    if isinstance(config, UnconditionalConfig):
+        return Unconditional()
+    if isinstance(config, HybridConfig):
+        main = build_conditioner(config.main, tokenizer)
+        return HybridConditioner(main, build_conditioner(config.spatial))
+    if isinstance(config, ClassConditionerConfig) and not config.class_names:
+        raise ConfigError("conditioning.class_names: kind 'class' needs at least one class")
+    kind = _CLASSES[type(config)]
+    build = cast(Callable[..., Conditioner], kind)
+    if kind not in READ_TEXT:
+        return build(config)
+    published = READ_TEXT[kind]
+    assert tokenizer is not None or published is not None, "it trains a tokenizer of its own"
+    return build(config, tokenizer or (published and published()))
+
+
+def published_tokenizer(conditioner: nn.Module) -> Tokenizer | None:
+    """Return the tokenizer with which models of a conditioner's kind were published, if any."""
+    published = next((give for kind, give in READ_TEXT.items() if type(conditioner) is kind), None)
+    return published and published()

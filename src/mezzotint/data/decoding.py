@@ -7,9 +7,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ["DecodedImage", "Pixels", "decode_image", "decode_map", "frame_size", "read_image"]
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "DecodedImage",
+    "Pixels",
+    "decode_image",
+    "decode_map",
+    "frame_size",
+    "read_image",
+]
 
 Pixels = npt.NDArray[np.uint8]
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
+)
 
 _ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 

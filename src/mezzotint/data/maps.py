@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from mezzotint.config import Config
 from mezzotint.data.base import Description, Example, Fault
-from mezzotint.data.decoding import decode_image, decode_map, frame_size
+from mezzotint.data.decoding import PICTURE_SUFFIXES, decode_image, decode_map, frame_size
 from mezzotint.data.files import (
     ImageFile,
     ImageFiles,
@@ -27,9 +27,6 @@ from mezzotint.errors import DataError, nearest
 
 __all__ = ["MapFolderData", "MapFolderDataConfig"]
 
-_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-)
 _MOST_CLASSES = 255  # maps are uint8, and 0 is no class
 _MOST_NAMES = 1 << 20  # bytes of a file of names
 _VALUES = 1 << 16
@@ -253,7 +250,7 @@ def _by_stem(root: Path) -> dict[str, list[ImageFile]]:
     for path in sorted(root.rglob("*")):
         place = path.relative_to(root)
         hidden = any(part.startswith(".") for part in place.parts)
-        if path.suffix.lower() in _SUFFIXES and path.is_file() and not hidden:
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file() and not hidden:
             stem = place.with_suffix("").as_posix()
             files.setdefault(stem, []).append(ImageFile(path, place.as_posix()))
     return files

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.data.decoding import read_image
+from mezzotint.data.decoding import PICTURE_SUFFIXES, read_image
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.device import threads
 from mezzotint.errors import DataError, nearest
@@ -31,9 +31,6 @@ __all__ = [
     "write_sheet",
 ]
 
-_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-)
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -260,7 +257,7 @@ def list_pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise DataError(f"{folder}: {what}{near(folder)}")
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
     return sorted(p for p in found if not _hidden(p.relative_to(folder)))
 
 

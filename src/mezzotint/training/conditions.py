@@ -22,6 +22,7 @@ from mezzotint.data.masks import MaskConfig, draw_mask
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.generation.conditions import inpainting_inputs
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.training.autoencoder import to_pixels
 
 __all__ = ["ConditionMaker", "Told", "check_data", "check_degradation"]
 
@@ -92,8 +93,9 @@ class ConditionMaker:
             generator: Decides caption, degradation and mask.
         """
         caption = self.data.describe(index, generator).caption
-        # another view than the plain one may have moved or mirrored what there is
-        known = self._view(index, view) if self.needs_picture or view else self._plain(index)
+        # another view than the plain one may have moved or mirrored where things are
+        moved = view and (self.wants == "layout" or self.wants_concat == "map")
+        known = self._view(index, view) if self.needs_picture or moved else self._plain(index)
         return self._tell(known, caption, generator)
 
     def of_example(self, example: Example, generator: torch.Generator) -> Told:
@@ -136,7 +138,7 @@ class ConditionMaker:
         """
         masked = mask = None
         if self.wants_concat == "inpainting":
-            images = _pixels(_stack([t.image for t in told]))
+            images = to_pixels(_stack([t.image for t in told]), torch.device("cpu"))
             masked, mask = inpainting_inputs(
                 self.model, images, _stack([t.mask for t in told]), device
             )
@@ -144,7 +146,7 @@ class ConditionMaker:
         if self.wants_concat == "map":
             maps = _stack([t.map for t in told]).to(device)
         if self.wants_concat == "low_res":
-            low_res = _pixels(_stack([t.low_res for t in told])).to(device)
+            low_res = to_pixels(_stack([t.low_res for t in told]), device)
         return ConditionInputs(
             count=len(told),
             captions=_all([t.caption for t in told]),
@@ -166,10 +168,6 @@ def _all(values: Sequence[T | None]) -> list[T] | None:
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor:
     return torch.stack([value for value in values if value is not None])
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1.0
 
 
 def check_data(data: ImageData, conditioning: ConditioningConfig) -> None:

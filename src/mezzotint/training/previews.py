@@ -12,6 +12,7 @@ from torch import Tensor
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import LayoutBox
+from mezzotint.generation.sampling import to_images
 from mezzotint.rng import keyed_generator
 from mezzotint.training.conditions import ConditionMaker, Told
 
@@ -86,9 +87,9 @@ def request_fields(told: Told, pictures: InputPictures) -> dict[str, Any]:
     if told.map is not None:
         fields["semantic_map"] = pictures.add(Image.fromarray(told.map.numpy()))
     if told.low_res is not None:
-        fields["image"] = pictures.add(_picture(told.low_res))
+        fields["image"] = pictures.add(to_images(told.low_res[None])[0])
     if told.image is not None and told.mask is not None:
-        fields["image"] = pictures.add(_picture(told.image))
+        fields["image"] = pictures.add(to_images(told.image[None])[0])
         grey = (told.mask[0].numpy() * 255).astype(np.uint8)
         fields["mask"] = pictures.add(Image.fromarray(grey))
     return fields
@@ -121,9 +122,9 @@ def condition_picture(
         coloured = map_colours(256)[told.map.numpy()]
         return Image.fromarray(coloured).resize(size, Image.Resampling.NEAREST)
     if told.low_res is not None:
-        return _picture(told.low_res).resize(size, Image.Resampling.NEAREST)
+        return to_images(told.low_res[None])[0].resize(size, Image.Resampling.NEAREST)
     if told.image is not None and told.mask is not None:
-        pixels = np.array(_picture(told.image))
+        pixels = np.array(to_images(told.image[None])[0])
         pixels[told.mask[0].numpy() >= 0.5] = _DRAWN_ANEW
         return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
     if told.boxes is not None:
@@ -170,8 +171,3 @@ def preview_sheet(previews: Sequence[Preview], drawn: Sequence[Image.Image]) -> 
         labels += [preview.label for preview in part]
     columns = min(_COLUMNS, len(drawn))
     return image_grid(images, columns=columns, labels=labels)
-
-
-def _picture(image: Tensor) -> Image.Image:
-    """``(3, H, W)`` uint8 as Pillow has it."""
-    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))

@@ -15,11 +15,12 @@ from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.conditioning.base import Conditioner
 from mezzotint.conditioning.build import (
     build_conditioner,
+    main_config,
     spatial_config,
     with_class_names,
 )
 from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
-from mezzotint.conditioning.text import train_tokenizer
+from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
 from mezzotint.data import ImageData, open_data
 from mezzotint.data.latents import LatentCache, build_latent_cache
@@ -288,7 +289,10 @@ def _first_stage(
 def _conditioner(recipe: DiffusionRecipe, data: ImageData, folder: Path) -> Conditioner:
     torch.manual_seed(mix(recipe.seed, 0xC0D))
     config = with_class_names(recipe.conditioning, data.class_names)
-    return build_conditioner(config, lambda text: _tokenizer(data, text.vocab_size, folder))
+    main, tokenizer = main_config(config), None
+    if isinstance(main, TextConditionerConfig):
+        tokenizer = _tokenizer(data, main.vocab_size, folder)
+    return build_conditioner(config, tokenizer)
 
 
 def _tokenizer(data: ImageData, vocab_size: int, folder: Path) -> Tokenizer:

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,9 +13,10 @@ from mezzotint.device import Execution
 from mezzotint.evaluation.grids import labelled_rows
 from mezzotint.evaluation.metrics import perceptual_metric, psnr
 from mezzotint.generation.generate import generate_each
-from mezzotint.generation.inputs import InputPictures
+from mezzotint.generation.inputs import InputPictures, to_pixels
 from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.request import GuideUse
+from mezzotint.generation.sampling import to_images
 from mezzotint.studies.conditions.judging import SINGLE, scenes
 from mezzotint.studies.conditions.results import GuidedResult
 from mezzotint.studies.machine import this_machine
@@ -87,23 +87,21 @@ def _draw(pipeline: Pipeline, targets: Sequence[Tensor | None], seed: int) -> Te
             steps=STEPS,
             sampler=SAMPLER,
             spacing="trailing",
-            guides=() if t is None else (GuideUse(kind="low-res", image=pictures.add(_image(t))),),
+            guides=() if t is None else (_towards(t, pictures),),
         )
         for k, t in enumerate(targets)
     ]
     drawn = generate_each(pipeline, requests, pictures=pictures, batch_size=_BATCH)
-    pixels = np.stack([np.asarray(item.image) for item in drawn])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.stack([to_pixels(item.image) for item in drawn])
+
+
+def _towards(target: Tensor, pictures: InputPictures) -> GuideUse:
+    return GuideUse(kind="low-res", image=pictures.add(to_images(target[None])[0]))
 
 
 def _small(images: Tensor) -> Tensor:
     """Averages, ``(N, 3, 8, 8)``, as an 8-bit picture holds them."""
     return ((F.adaptive_avg_pool2d(images, SIDE) + 1) * 127.5).round() / 127.5 - 1
-
-
-def _image(values: Tensor) -> Image.Image:
-    pixels = ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -121,7 +119,7 @@ def _sheet(plain: Tensor, small: Tensor, groups: Tensor) -> Image.Image:
     size = 2 * plain.shape[-1]
 
     def row(images: Tensor, how: Image.Resampling) -> list[Image.Image]:
-        return [_image(image).resize((size, size), how) for image in images]
+        return [image.resize((size, size), how) for image in to_images(images)]
 
     smooth = Image.Resampling.LANCZOS
     rows = {"target": row(small, Image.Resampling.NEAREST)}

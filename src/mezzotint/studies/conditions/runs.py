@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -21,8 +20,9 @@ from mezzotint.device import select_device, select_precision
 from mezzotint.errors import ConfigError, nearest
 from mezzotint.evaluation.grids import labelled_rows
 from mezzotint.generation.generate import generate_each
-from mezzotint.generation.inputs import InputPictures
+from mezzotint.generation.inputs import InputPictures, to_pixels
 from mezzotint.generation.pipeline import Pipeline
+from mezzotint.generation.sampling import to_images
 from mezzotint.rng import keyed_generator
 from mezzotint.studies.conditions.guided import measure_guided
 from mezzotint.studies.conditions.judging import MANY, SINGLE, open_judges, scenes
@@ -295,8 +295,7 @@ def _draw(pipeline: Pipeline, asked: Asked, guidance_scale: float) -> Tensor:
         for k, told in enumerate(asked.told)
     ]
     drawn = generate_each(pipeline, requests, pictures=pictures, batch_size=BATCH)
-    pixels = np.stack([np.asarray(item.image) for item in drawn])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.stack([to_pixels(item.image) for item in drawn])
 
 
 def _sheet(
@@ -322,7 +321,4 @@ def _sheet(
 
 
 def _images(images: Tensor, size: int) -> list[Image.Image]:
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return [
-        Image.fromarray(p.numpy()).resize((size, size), Image.Resampling.LANCZOS) for p in pixels
-    ]
+    return [p.resize((size, size), Image.Resampling.LANCZOS) for p in to_images(images)]
