@@ -33,15 +33,15 @@ from mezzotint.rng import keyed_generator
 
 __all__ = ["SCENE_CONCEPTS", "ScenesData", "ScenesDataConfig"]
 
-SceneSubset = Literal["scenes-32", "scenes-held-out-8"]
+SceneSubset = Literal["scenes-32", "scenes-16", "scenes-held-out-8"]
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# The first lies in the emoji's training split and the second in their validation split. No two of
-# a set look alike in either style, and each is one thing with a plain name.
+# The first lies in the emoji's training split, as does its half, and the last in their validation
+# split. No two of a set look alike in either style, and each is one thing with a plain name.
 SCENE_CONCEPTS: dict[SceneSubset, tuple[str, ...]] = {
     "scenes-32": _names(
         """
@@ -49,6 +49,12 @@ SCENE_CONCEPTS: dict[SceneSubset, tuple[str, ...]] = {
         cactus sunflower tulip mushroom penguin frog pig-face tropical-fish elephant butterfly
         automobile bus rocket sailboat house robot guitar key alarm-clock basketball gem-stone
         top-hat teddy-bear soccer-ball
+        """
+    ),
+    "scenes-16": _names(
+        """
+        red-apple banana eggplant hamburger cactus sunflower mushroom penguin frog butterfly
+        automobile sailboat house key basketball gem-stone
         """
     ),
     "scenes-held-out-8": _names("avocado doughnut fox zebra tractor umbrella anchor drum"),

@@ -127,7 +127,7 @@ def train_segmenter(
     maps: Tensor,
     classes: int,
     *,
-    steps: int = 1500,
+    steps: int = 1000,
     batch_size: int = 16,
     on_progress: Progress | None = None,
 ) -> Segmenter:

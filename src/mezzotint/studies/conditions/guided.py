@@ -17,7 +17,7 @@ from mezzotint.generation.inputs import InputPictures, to_pixels
 from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.request import GuideUse
 from mezzotint.generation.sampling import to_images
-from mezzotint.studies.conditions.judging import SINGLE, scenes
+from mezzotint.studies.conditions.judging import SINGLE, scenes_of
 from mezzotint.studies.conditions.results import GuidedResult
 from mezzotint.studies.machine import this_machine
 
@@ -54,7 +54,7 @@ def measure_guided(
     guided = _draw(pipeline, [t for t in small for _ in range(each)], _SEED + targets)
     agreement = psnr(_small(guided), small.repeat_interleave(each, 0))
     chance = psnr(small, small.roll(1, 0))
-    data = scenes(SINGLE, "validation", targets)
+    data = scenes_of(SINGLE, "validation", targets)
     real = torch.stack([data.load(k).image for k in range(targets)])
     real_small = _small(real.float() / 127.5 - 1.0)
     of_real = _draw(pipeline, list(real_small), _SEED)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from mezzotint.data.scenes import ScenesData, ScenesDataConfig
+from mezzotint.errors import ConfigError
 from mezzotint.evaluation.judges import (
     Classifier,
     Segmenter,
@@ -18,19 +20,34 @@ from mezzotint.evaluation.judges import (
 from mezzotint.evaluation.metrics import image_features
 from mezzotint.models.features import load_features
 from mezzotint.studies.conditions.measures import Judges
+from mezzotint.training.run import load_recipe
 
-__all__ = ["MANY", "SINGLE", "open_judges", "scenes"]
+__all__ = ["MANY", "SINGLE", "open_judges", "scenes_of"]
 
-# as the recipes have them: one large object, or up to three smaller ones
-SINGLE = {"max_objects": 1, "min_size": 0.5, "max_size": 0.85}
-MANY = {"max_objects": 3, "min_size": 0.3, "max_size": 0.55}
+# recipes whose scenes the judges are trained for: one large object, or some smaller ones
+SINGLE, MANY = "emoji-class", "emoji-layout"
 _SINGLES, _SCENES = 2048, 4096  # pictures that the judges are trained on
 
 
-def scenes(kind: dict[str, float], split: str, count: int, seed: int = 0) -> ScenesData:
-    """Open scenes of one of the two kinds."""
-    config = {"split": split, "count": count, "seed": seed, **kind}
-    return ScenesData(ScenesDataConfig.from_dict(config, "scenes"))
+def scenes_of(
+    recipe: str, split: Literal["train", "validation"], count: int, seed: int = 0
+) -> ScenesData:
+    """Open scenes such as a recipe trains on.
+
+    Args:
+        recipe: Its name.
+        split: Of the compositions.
+        count: How many.
+        seed: Of the scenes.
+
+    Raises:
+        ConfigError: If it trains on something else.
+    """
+    config = load_recipe(recipe).data
+    if not isinstance(config, ScenesDataConfig):
+        raise ConfigError(f"{recipe}: data.kind is {config.kind!r}, expected 'scenes'")
+    asked = {"split": split, "count": count, "seed": seed}
+    return ScenesData(ScenesDataConfig.from_dict({**config.to_dict(), **asked}, recipe))
 
 
 def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = None) -> Judges:
@@ -42,12 +59,12 @@ def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = Non
         path: Where they are kept, as safetensors.
         on_progress: Called with (steps done, steps in all) of the longest training.
     """
-    classes = len(scenes(SINGLE, "train", 1).class_names)
+    single, many = (len(scenes_of(r, "train", 1).class_names) for r in (SINGLE, MANY))
     width = load_features("mobilenet-v2").dim
     if path.is_file():
         tensors = safetensors.torch.load_file(path)
-        whole, part = Classifier(width, classes), Classifier(width, classes)
-        segmenter = Segmenter(1 + classes)
+        whole, part = Classifier(width, single), Classifier(width, many)
+        segmenter = Segmenter(1 + many)
         for name, network in (("whole", whole), ("part", part), ("segmenter", segmenter)):
             head = f"{name}."
             network.load_state_dict(
@@ -55,7 +72,7 @@ def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = Non
             )
             network.eval()
         return Judges(whole, part, segmenter, tensors["prototypes"])
-    judges = _train(classes, on_progress)
+    judges = _train(single, many, on_progress)
     tensors = {"prototypes": judges.prototypes}
     for name in ("whole", "part", "segmenter"):
         state = getattr(judges, name).state_dict()
@@ -67,25 +84,25 @@ def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = Non
     return judges
 
 
-def _train(classes: int, on_progress: Callable[[int, int], None] | None) -> Judges:
-    data = scenes(SINGLE, "train", _SINGLES, seed=1)
-    single = [data.load(k) for k in range(_SINGLES)]
-    images = torch.stack([e.image for e in single]).float() / 127.5 - 1.0
-    labels = torch.tensor([e.label for e in single])
-    whole = train_classifier(images, labels, classes)
+def _train(single: int, many: int, on_progress: Callable[[int, int], None] | None) -> Judges:
+    data = scenes_of(SINGLE, "train", _SINGLES, seed=1)
+    examples = [data.load(k) for k in range(_SINGLES)]
+    images = torch.stack([e.image for e in examples]).float() / 127.5 - 1.0
+    labels = torch.tensor([e.label for e in examples])
+    whole = train_classifier(images, labels, single)
     features = image_features(load_features("mobilenet-v2"), images)
-    prototypes = torch.stack([features[labels == k].mean(0) for k in range(classes)])
-    data = scenes(MANY, "train", _SCENES, seed=1)
-    many = [data.load(k) for k in range(_SCENES)]
+    prototypes = torch.stack([features[labels == k].mean(0) for k in range(single)])
+    data = scenes_of(MANY, "train", _SCENES, seed=1)
+    examples = [data.load(k) for k in range(_SCENES)]
     cut: list[Tensor] = []
     cut_labels: list[int] = []
-    for example in many[:_SINGLES]:
+    for example in examples[:_SINGLES]:
         image = example.image.float() / 127.5 - 1.0
         for box in example.boxes or ():
             cut.append(crop_to_box(image, box, image.shape[-1]))
             cut_labels.append(box.label)
-    part = train_classifier(torch.stack(cut), torch.tensor(cut_labels), classes)
-    maps = torch.stack([e.map for e in many if e.map is not None])
-    pictures = torch.stack([e.image for e in many])
-    segmenter = train_segmenter(pictures, maps, 1 + classes, on_progress=on_progress)
+    part = train_classifier(torch.stack(cut), torch.tensor(cut_labels), many)
+    maps = torch.stack([e.map for e in examples if e.map is not None])
+    pictures = torch.stack([e.image for e in examples])
+    segmenter = train_segmenter(pictures, maps, 1 + many, on_progress=on_progress)
     return Judges(whole, part, segmenter, prototypes)

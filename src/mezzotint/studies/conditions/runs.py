@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.sampling import to_images
 from mezzotint.rng import keyed_generator
 from mezzotint.studies.conditions.guided import measure_guided
-from mezzotint.studies.conditions.judging import MANY, SINGLE, open_judges, scenes
+from mezzotint.studies.conditions.judging import open_judges, scenes_of
 from mezzotint.studies.conditions.measures import (
     MEASURES,
     Asked,
@@ -49,29 +49,16 @@ _WITHOUT = {"main": "without text", "spatial": "without picture"}
 _MARGIN = 0.03  # of the side, by which a mask goes beyond what it hides
 
 
-@dataclass(frozen=True)
-class Condition:
-    """A model of the study.
-
-    Attributes:
-        recipe: That trains it.
-        data: What kind of scenes it is trained on and asked for.
-    """
-
-    recipe: str
-    data: Mapping[str, float]
-
-
-CONDITIONS: Mapping[str, Condition] = {
-    "class": Condition("emoji-class", SINGLE),
-    "text": Condition("emoji-text", SINGLE),
-    "layout": Condition("emoji-layout", MANY),
-    "semantic": Condition("emoji-semantic", MANY),
-    "super-resolution": Condition("emoji-super-resolution", MANY),
-    "inpainting": Condition("emoji-inpainting", MANY),
-    "hybrid": Condition("emoji-hybrid", SINGLE),
+# the recipe of each
+CONDITIONS: Mapping[str, str] = {
+    "class": "emoji-class",
+    "text": "emoji-text",
+    "layout": "emoji-layout",
+    "semantic": "emoji-semantic",
+    "super-resolution": "emoji-super-resolution",
+    "inpainting": "emoji-inpainting",
+    "hybrid": "emoji-hybrid",
 }
-
 
 GUIDED = "guided"  # an unconditional model, led without retraining
 
@@ -148,10 +135,10 @@ class _Runner:
 
     def condition(self, name: str) -> None:
         """Train a model if that is not done, and measure it."""
-        condition, run = CONDITIONS[name], self.work / name
+        name_of_recipe, run = CONDITIONS[name], self.work / name
         first_stage = ["first_stage.recipe=null", f"first_stage.path={self._autoencoder()}"]
-        self._train(condition.recipe, run, first_stage)
-        recipe = load_recipe(condition.recipe)
+        self._train(name_of_recipe, run, first_stage)
+        recipe = load_recipe(name_of_recipe)
         assert isinstance(recipe, DiffusionRecipe)
         pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
         asked = _ask(pipeline, recipe, name, self.pictures)
@@ -165,7 +152,7 @@ class _Runner:
         model = pipeline.model
         result = ConditionResult(
             condition=name,
-            recipe=condition.recipe,
+            recipe=name_of_recipe,
             parameters=sum(
                 p.numel() for part in (model.unet, model.conditioner) for p in part.parameters()
             ),
@@ -253,7 +240,7 @@ def nulled(conditioner: Conditioner, part: str) -> Generator[None]:
 
 def _ask(pipeline: Pipeline, recipe: DiffusionRecipe, name: str, count: int) -> Asked:
     """Take held-out compositions as conditions."""
-    data = scenes(dict(CONDITIONS[name].data), "validation", count)
+    data = scenes_of(CONDITIONS[name], "validation", count)
     maker = ConditionMaker(
         pipeline.model,
         data,
