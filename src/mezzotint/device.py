@@ -21,6 +21,7 @@ __all__ = [
     "select_device",
     "select_precision",
     "threads",
+    "widened",
 ]
 
 PRECISIONS = {
@@ -42,14 +43,20 @@ class Execution:
 
     Attributes:
         device: Where the networks and their inputs stand.
-        precision: What autocast computes in; ``float32`` means that there is no autocast. Weights
-            and the sampler's state stay float32 whatever it is.
+        precision: What autocast computes in; ``float32`` and ``float64`` mean that there is no
+            autocast. Weights and the sampler's state stay float32, but in ``float64``, which is for
+            comparisons.
         reasons: One sentence for the device and one for the precision.
     """
 
     device: torch.device
     precision: torch.dtype
     reasons: tuple[str, ...]
+
+    @property
+    def weights(self) -> torch.dtype:
+        """What trained weights and their optimizer are kept in."""
+        return torch.float64 if self.precision is torch.float64 else torch.float32
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -125,9 +132,14 @@ def select_precision(name: str, device: torch.device) -> Execution:
 
 def autocast(execution: Execution) -> contextlib.AbstractContextManager[object]:
     """Return a context in which torch computes in the chosen precision where it is safe."""
-    if execution.precision is torch.float32:
+    if execution.precision in (torch.float32, torch.float64):
         return contextlib.nullcontext()
     return torch.autocast(execution.device.type, dtype=execution.precision)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return half precision as float32, in which losses are computed; wider types stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def precision_name(precision: torch.dtype) -> str:

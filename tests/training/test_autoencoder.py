@@ -52,7 +52,7 @@ def test_the_generator_loss_moves_only_the_autoencoder(tiny):
     task = task_for(tiny.autoencoder(loss__adversarial=adversary))
     assert task.adversary is not None
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    task._backward(images, step=0, number=0)
+    task._backward(images, [0, 1, 2, 3], 0, last=True)
     assert all(p.grad is None for p in task.adversary.network.parameters())
     assert task.model.last_layer.grad is not None
 

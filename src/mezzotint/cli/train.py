@@ -22,9 +22,39 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")
     ] = False,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS", min=1, help="Save and end after so many steps, to go on by --resume."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify-resume", help="Train a few steps twice, once with a stop, and compare."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
-    """Train an autoencoder or a diffusion model from a recipe."""
+    """Train an autoencoder or a diffusion model from a recipe; under torchrun, in parallel."""
+    if verify:
+        from mezzotint.training.verify import verify_resume
+
+        same = verify_resume(recipe, overrides or (), device=device)
+        print(
+            f"{same.before} + {same.after} steps equal {same.before}, a stop and {same.after}:"
+            f" {same.tensors:,} tensors of {same.numbers:,} numbers, bit for bit"
+        )
+        return
     from mezzotint.training.run import train as run
 
-    print(run(recipe, overrides=overrides or (), output=output, resume=resume, device=device))
+    print(
+        run(
+            recipe,
+            overrides=overrides or (),
+            output=output,
+            resume=resume,
+            device=device,
+            stop_after=stop_after,
+        )
+    )

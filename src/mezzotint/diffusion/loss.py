@@ -4,6 +4,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
+from mezzotint.device import widened
 from mezzotint.diffusion.denoiser import Network
 from mezzotint.diffusion.schedule import NoiseSchedule
 
@@ -75,7 +76,7 @@ def diffusion_loss(
     Returns:
         ``(B,)`` float32: the mean over each sample's elements, to be averaged by the caller.
     """
-    prediction = network(schedule.add_noise(x0, noise, t), t, cond).float()
-    off = prediction - schedule.target(x0, noise, t).float()
+    prediction = widened(network(schedule.add_noise(x0, noise, t), t, cond))
+    off = prediction - widened(schedule.target(x0, noise, t))
     error = off**2 if deviation == "squared" else off.abs()
     return error.flatten(1).mean(1) * loss_weight(schedule, t, weighting, gamma)

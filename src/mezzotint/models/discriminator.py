@@ -1,5 +1,6 @@
 """The patch discriminator of the first stage and its losses (VQGAN, arXiv 2012.09841)."""
 
+from collections.abc import Callable
 from typing import Self, cast
 
 import pydantic
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.config import Config
+from mezzotint.device import widened
 
 __all__ = [
     "PatchDiscriminator",
@@ -83,20 +85,24 @@ class PatchDiscriminator(nn.Module):
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return the hinge loss of the discriminator, a scalar (Lim & Ye, arXiv 1705.02894).
 
-    ``(E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))]) / 2``, in float32.
+    ``(E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))]) / 2``, in float32 or wider.
     """
-    real = F.relu(1.0 - real_logits.float()).mean()
-    fake = F.relu(1.0 + fake_logits.float()).mean()
+    real = F.relu(1.0 - widened(real_logits)).mean()
+    fake = F.relu(1.0 + widened(fake_logits)).mean()
     return 0.5 * (real + fake)
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Return the loss of the autoencoder against the discriminator, ``-E[D(x_hat)]``, a scalar."""
-    return -fake_logits.float().mean()
+    return -widened(fake_logits).mean()
 
 
 def adaptive_weight(
-    reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor, max: float = 1e4
+    reconstruction_loss: Tensor,
+    generator_loss: Tensor,
+    last_layer: Tensor,
+    max: float = 1e4,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Balance the adversarial against the reconstruction term (VQGAN, equation 7).
 
@@ -105,11 +111,15 @@ def adaptive_weight(
         generator_loss: Scalar; both graphs are kept for the backward pass that follows.
         last_layer: Weight of the decoder's last convolution, where both gradients are measured.
         max: Upper bound of the result.
+        reduce: Takes the mean of a gradient over the ranks of a run, so that all weigh alike.
 
     Returns:
         ``|grad of the reconstruction| / (|grad of the generator loss| + 1e-4)``, a detached scalar.
     """
     (rec,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (gen,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    ratio = rec.float().norm() / (gen.float().norm() + 1e-4)
+    if reduce is not None:
+        rec, gen = reduce(rec), reduce(gen)
+    rec, gen = widened(rec), widened(gen)
+    ratio = rec.norm() / (gen.norm() + 1e-4)
     return ratio.clamp(0.0, max).detach()

@@ -139,7 +139,7 @@ class FeatureDistance(nn.Module):
         return total.mean(dim=0) if self.heads is None else total.sum(dim=0)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        features = cast(list[Tensor], self.trunk((x.float() - self.shift) / self.scale))
+        features = cast(list[Tensor], self.trunk((x.to(self.shift) - self.shift) / self.scale))
         return [F.normalize(f, dim=1, eps=1e-10) for f in features]
 
 

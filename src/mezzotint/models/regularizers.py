@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mezzotint.device import widened
 from mezzotint.rng import SampleNoise
 
 __all__ = ["DiagonalGaussian", "Quantization", "VectorQuantizer"]
@@ -62,7 +63,7 @@ class DiagonalGaussian:
 
     def kl(self) -> Tensor:
         """KL divergence to the standard normal, summed over C, h and w, in nats; ``(B,)``."""
-        mean, logvar = self.mean.float(), self.logvar.float()
+        mean, logvar = widened(self.mean), widened(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
@@ -115,7 +116,7 @@ class VectorQuantizer(nn.Module):
         indices = self.nearest(z)
         codes = self.lookup(indices)
         # in float32: the difference of two bf16 numbers that are close has few bits left
-        wide, codes_wide = z.float(), codes.float()
+        wide, codes_wide = widened(z), widened(codes)
         loss = F.mse_loss(codes_wide, wide.detach()) + self.commitment_weight * F.mse_loss(
             wide, codes_wide.detach()
         )
@@ -127,8 +128,8 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Return the index of the code nearest to each vector of ``z``, ``(B, h, w)`` int64."""
         with torch.autocast(z.device.type, enabled=False):
-            codes = self.embedding.weight.float()
-            flat = z.float().movedim(1, -1).reshape(-1, codes.shape[1])  # (B h w, d)
+            codes = widened(self.embedding.weight)
+            flat = widened(z).movedim(1, -1).reshape(-1, codes.shape[1])  # (B h w, d)
             # ||z - e||^2 without ||z||^2, which is the same for every code
             distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2.0)
         return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])

@@ -1,29 +1,27 @@
 """Training the first stage: reconstruction, perceptual, regulariser and adversarial terms."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.checkpoints.model import save_first_stage
 from mezzotint.data.base import ImageData
-from mezzotint.device import Execution, autocast
+from mezzotint.device import Execution, autocast, widened
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.latent_diffusion import LatentNormalization, encode_moments
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
-from mezzotint.models.discriminator import (
-    PatchDiscriminator,
-    adaptive_weight,
-    generator_loss,
-    hinge_discriminator_loss,
-)
 from mezzotint.models.perceptual import build_perceptual
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
+from mezzotint.training.adversary import Adversary
 from mezzotint.training.batches import Batches, DataOrder
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.ema import ExponentialMovingAverage
@@ -31,8 +29,11 @@ from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
     learning_rate_factor,
+    loss_scaler,
     use_channels_last,
 )
+from mezzotint.training.parallel import Parallel
+from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import AutoencoderRecipe
 
 __all__ = ["AutoencoderTask", "to_pixels"]
@@ -47,6 +48,75 @@ def to_pixels(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).float() / 127.5 - 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class _Reconstructed:
+    """What the autoencoder made of a part of a step."""
+
+    loss: Tensor
+    fake: Tensor  # (B, 3, H, W), detached
+    z: Tensor  # (B, C, h, w), detached
+    values: dict[str, Tensor]
+
+
+# of a reconstruction and its loss: the adversarial term and its adaptive weight
+Opponent = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Loss(nn.Module):
+    """What the autoencoder minimises (paper, eq. 25): torch's engines wrap modules."""
+
+    def __init__(
+        self,
+        model: AutoencoderKL | VQModel,
+        perceptual: nn.Module | None,
+        recipe: AutoencoderRecipe,
+        execution: Execution,
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.execution = model, recipe, execution
+        self.perceptual = perceptual
+
+    def forward(
+        self, images: Tensor, seeds: Sequence[int], opponent: Opponent | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return the loss of images, their reconstruction, their latents and the loss's terms.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+            seeds: Of the posterior's noise, one for each.
+            opponent: The discriminator, from when on it takes part.
+        """
+        config, model = self.recipe.loss, self.model
+        with autocast(self.execution):
+            if isinstance(model, VQModel):
+                z = model.encode(images)
+                quantized = model.quantize(z)
+                regularizer = config.codebook * quantized.loss
+                fake = model.decode_quantized(quantized.z_q)
+            else:
+                posterior = model.encode(images)
+                z = posterior.sample(SampleNoise(seeds))
+                regularizer = config.kl * posterior.kl().mean() / images[0].numel()
+                fake = model.decode(z)
+        fake = widened(fake)
+        terms = _reconstruction_terms(images, fake, config.l1, config.l2, config.pooled_l1)
+        if self.perceptual is not None:
+            with autocast(self.execution):
+                distance = self.perceptual(images, fake)
+            terms["perceptual"] = config.perceptual * widened(distance).mean()
+        reconstruction = torch.stack(list(terms.values())).sum()
+        loss = reconstruction + regularizer
+        values = {**terms, "regularizer": regularizer}
+        with torch.no_grad():
+            values["psnr"] = -10.0 * torch.log10(F.mse_loss(fake, images) / 4.0)
+        if opponent is not None:
+            adversarial, weight = opponent(fake, reconstruction)
+            loss = loss + adversarial
+            values |= {"adversarial": adversarial, "adaptive_weight": weight}
+        told = {name: value.detach() for name, value in values.items()}
+        return loss, fake.detach(), z.detach(), told
+
+
 class AutoencoderTask:
     """Trains E, D and the discriminator D_psi (paper, section 3.1 and eq. 25).
 
@@ -54,6 +124,7 @@ class AutoencoderTask:
         recipe: What to train.
         data: The images.
         execution: Device and precision.
+        ranks: This process among the others of the run.
     """
 
     def __init__(
@@ -61,26 +132,32 @@ class AutoencoderTask:
         recipe: AutoencoderRecipe,
         data: ImageData,
         execution: Execution,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.recipe, self.data, self.execution = recipe, data, execution
-        device = execution.device
+        self.recipe, self.data, self.execution, self.ranks = recipe, data, execution, ranks
+        device, dtype = execution.device, execution.weights
         torch.manual_seed(mix(recipe.seed, 0x1217))
         config = recipe.model
         model = AutoencoderKL(config) if config.kind == "kl" else VQModel(config)
-        self.model: AutoencoderKL | VQModel = model.to(device)
+        self.model: AutoencoderKL | VQModel = model.to(device, dtype)
         if recipe.channels_last:
             use_channels_last(self.model)
         loss = recipe.loss
-        self.perceptual = build_perceptual(loss.perceptual_network) if loss.perceptual else None
-        if self.perceptual is not None:
-            self.perceptual.to(device)
+        perceptual = build_perceptual(loss.perceptual_network) if loss.perceptual else None
+        if perceptual is not None:
+            perceptual.to(device, dtype)
+        if recipe.run.compile:
+            for part in self.model.children():
+                part.compile()
         self.optimizer = build_optimizer(
             [{"params": list(self.model.parameters()), "lr": recipe.optimizer.learning_rate}],
             recipe.optimizer,
         )
-        self.adversary = _Adversary(recipe, device) if loss.adversarial else None
+        self.adversary = Adversary(recipe, execution, ranks) if loss.adversarial else None
         decay = recipe.ema_decay
         self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)
+        self.loss = Parallel(_Loss(self.model, perceptual, recipe, execution), ranks)
+        self.scaler = loss_scaler(execution)
         self.order = DataOrder(len(data), recipe.seed)
         self.batches = Batches(self._make_batch)
 
@@ -89,10 +166,11 @@ class AutoencoderTask:
         """Images that one optimizer step sees."""
         return self.recipe.batch_size * self.recipe.accumulate
 
+    def _positions(self, step: int) -> list[int]:
+        return positions_of(step, self.recipe.batch_size, self.recipe.accumulate, self.ranks)
+
     def _make_batch(self, step: int) -> Tensor:
-        first = step * self.images_per_step
-        positions = range(first, first + self.images_per_step)
-        return torch.stack([self._view(position) for position in positions])
+        return torch.stack([self._view(position) for position in self._positions(step)])
 
     def _view(self, position: int) -> Tensor:
         """The image at a position of the data's order, or a square of it."""
@@ -110,87 +188,71 @@ class AutoencoderTask:
     def train_step(self, step: int, progress: float) -> Mapping[str, Tensor | float]:
         """Do one step of the autoencoder, and one of the discriminator where it takes part."""
         recipe = self.recipe
-        torch.manual_seed(mix(recipe.seed, step))  # dropout
+        torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
         factor = learning_rate_factor(recipe.optimizer, step, progress)
         self.model.train()
         images = to_pixels(self.batches.get(step), self.execution.device)
+        images = images.to(self.execution.weights)
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        parts = images.chunk(recipe.accumulate)
+        seeds = [mix(recipe.seed, 0x5A3, position) for position in self._positions(step)]
+        each = recipe.batch_size // self.ranks.world
+        adversary, latents = self.adversary, list[Tensor]()
         values: dict[str, Tensor | float] = {}
-        latents: list[Tensor] = []
-        for number, part in enumerate(parts):
-            fake, z, part_values = self._backward(part, step, number)
-            latents.append(z)
-            for name, value in part_values.items():
-                values[name] = values.get(name, 0.0) + value.detach() / len(parts)
-            if self.adversary is not None and self.adversary.learns_at(step):
-                loss = self.adversary.backward(part, fake, self.execution, len(parts))
+        for number in range(recipe.accumulate):
+            part, last = slice(number * each, (number + 1) * each), number == recipe.accumulate - 1
+            made = self._backward(images[part], seeds[part], step, last=last)
+            latents.append(made.z)
+            for name, value in {"loss": made.loss, **made.values}.items():
+                values[name] = values.get(name, 0.0) + value / recipe.accumulate
+            if adversary is not None and adversary.learns_at(step):
+                loss = adversary.backward(images[part], made.fake, self.scaler, last=last)
                 values["discriminator_loss"] = values.get("discriminator_loss", 0.0) + loss
-        values["gradient_norm"] = apply_gradients(self.optimizer, recipe.optimizer, factor)
-        values["learning_rate"] = recipe.optimizer.learning_rate * factor
-        if self.adversary is not None and self.adversary.learns_at(step):
-            apply_gradients(self.adversary.optimizer, recipe.optimizer, factor)
+        optimizer = recipe.optimizer
+        values["gradient_norm"] = apply_gradients(self.optimizer, optimizer, factor, self.scaler)
+        values["learning_rate"] = optimizer.learning_rate * factor
+        if adversary is not None and adversary.learns_at(step):
+            apply_gradients(adversary.optimizer, optimizer, factor, self.scaler)
+        self.scaler.update()
         if self.ema is not None:
             self.ema.update()
         if isinstance(self.model, VQModel):
-            values |= self._end_epoch(self.model, step, torch.cat(latents))
+            values |= self._end_epoch(self.model, step, latents)
         return values
 
     def _backward(
-        self, images: Tensor, step: int, number: int
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Accumulate the autoencoder's gradients; returns reconstruction, latent and terms."""
-        config, model = self.recipe.loss, self.model
-        with autocast(self.execution):
-            if isinstance(model, VQModel):
-                z = model.encode(images)
-                quantized = model.quantize(z)
-                regularizer = config.codebook * quantized.loss
-                fake = model.decode_quantized(quantized.z_q)
-            else:
-                posterior = model.encode(images)
-                z = posterior.sample(SampleNoise(self._noise_seeds(step, number, len(images))))
-                regularizer = config.kl * posterior.kl().mean() / images[0].numel()
-                fake = model.decode(z)
-        fake = fake.float()
-        terms = _reconstruction_terms(images, fake, config.l1, config.l2, config.pooled_l1)
-        if self.perceptual is not None:
-            with autocast(self.execution):
-                distance = self.perceptual(images, fake)
-            terms["perceptual"] = config.perceptual * distance.float().mean()
-        reconstruction = torch.stack(list(terms.values())).sum()
-        loss = reconstruction + regularizer
-        values = {**terms, "regularizer": regularizer}
-        with torch.no_grad():
-            values["psnr"] = -10.0 * torch.log10(F.mse_loss(fake, images) / 4.0)
+        self, images: Tensor, seeds: list[int], step: int, *, last: bool
+    ) -> _Reconstructed:
+        """Accumulate the autoencoder's gradients of a part of a step."""
+        opponent: Opponent | None = None
         if self.adversary is not None and self.adversary.speaks_at(step):
-            adversarial, weight = self.adversary.generator_term(
-                fake, reconstruction, self.model.last_layer, self.execution
-            )
-            loss = loss + adversarial
-            values |= {"adversarial": adversarial, "adaptive_weight": weight}
-        (loss / self.recipe.accumulate).backward()
-        return fake.detach(), z.detach(), {"loss": loss, **values}
+            last_layer = self.model.last_layer
+            opponent = partial(self.adversary.generator_term, last_layer=last_layer)
+        with self.loss.part(last=last):
+            loss, fake, z, values = self.loss(images, seeds, opponent)
+            self.scaler.scale(loss / self.recipe.accumulate).backward()
+        return _Reconstructed(loss.detach(), fake, z, values)
 
-    def _noise_seeds(self, step: int, number: int, count: int) -> list[int]:
-        first = step * self.images_per_step + number * count
-        return [mix(self.recipe.seed, 0x5A3, first + k) for k in range(count)]
-
-    def _end_epoch(self, model: VQModel, step: int, z: Tensor) -> dict[str, Tensor | float]:
+    def _end_epoch(
+        self, model: VQModel, step: int, latents: list[Tensor]
+    ) -> dict[str, Tensor | float]:
         """At the end of an epoch: report code usage, and re-seed the codes that nobody chose.
 
         Where an epoch has hardly more vectors than there are codes, a code that nobody chose says
         nothing: the count then goes on over several epochs.
         """
         seen = (step + 1) * self.images_per_step
-        quantizer = model.quantize
+        quantizer, ranks = model.quantize, self.ranks
         if seen // len(self.data) == (seen - self.images_per_step) // len(self.data):
             return {}
-        if int(quantizer.usage.sum()) < _VECTORS_PER_CODE * quantizer.usage.numel():
+        usage = ranks.sum(quantizer.usage)
+        if int(usage.sum()) < _VECTORS_PER_CODE * usage.numel():
             return {}
-        dead = quantizer.usage == 0
+        dead = usage == 0
         used = 1.0 - dead.float().mean()
+        # part by part and rank by rank: the order in which one process alone would have them
+        z = torch.cat([each for part in latents for each in ranks.gather(part)])
+        quantizer.usage.copy_(usage)
         quantizer.reseed_dead(z, keyed_generator(self.recipe.seed, 0xDEAD, step))
         quantizer.reset_usage()
         # what was averaged and estimated for the old codes says nothing of the new ones
@@ -208,13 +270,13 @@ class AutoencoderTask:
             "optimizer": flatten_optimizer(self.optimizer),
         }
         if isinstance(self.model, VQModel):
-            tensors["code_usage"] = {"usage": self.model.quantize.usage}
+            tensors["code_usage"] = {"usage": self.ranks.sum(self.model.quantize.usage)}
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
         if self.adversary is not None:
             tensors["discriminator"] = dict(self.adversary.network.state_dict())
             tensors["discriminator_optimizer"] = flatten_optimizer(self.adversary.optimizer)
-        return tensors, {}
+        return tensors, {"scaler": self.scaler.state_dict()}
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Take back what `state` gave."""
@@ -222,23 +284,29 @@ class AutoencoderTask:
         self.model.load_state_dict(tensors["autoencoder"])
         restore_optimizer(self.optimizer, tensors["optimizer"])
         if isinstance(self.model, VQModel):
-            self.model.quantize.usage.copy_(tensors["code_usage"]["usage"])
+            # the count of all ranks goes on in the first
+            usage = self.model.quantize.usage.copy_(tensors["code_usage"]["usage"])
+            usage.mul_(int(self.ranks.is_first))
         if self.ema is not None:
             self.ema.load_state_dict(tensors["ema"])
         if self.adversary is not None:
             self.adversary.network.load_state_dict(tensors["discriminator"])
             restore_optimizer(self.adversary.optimizer, tensors["discriminator_optimizer"])
+        if saved_scaler := checkpoint.values.get("scaler"):
+            self.scaler.load_state_dict(saved_scaler)
 
     @torch.no_grad()
     def draw_samples(self, path: Path) -> None:
         """Draw originals above their reconstructions."""
+        if not self.ranks.is_first:
+            return
         count = min(_PREVIEWS, len(self.data))
         # spread over the data: a folder's first images are all of one class
         places = [k * len(self.data) // count for k in range(count)]
         images = torch.stack([self.data.load(k).image for k in places])
         with self._averaged():
             self.model.eval()
-            pixels = to_pixels(images, self.execution.device)
+            pixels = to_pixels(images, self.execution.device).to(self.execution.weights)
             encoded = self.model.encode(pixels)
             z = encoded.mode() if isinstance(encoded, DiagonalGaussian) else encoded
             fake = self.model.decode(z)
@@ -247,8 +315,8 @@ class AutoencoderTask:
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(rows, columns=count).save(path)
 
-    def _averaged(self) -> Any:
-        return torch.no_grad() if self.ema is None else self.ema.applied()
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -256,19 +324,29 @@ class AutoencoderTask:
         self.batches.close()
         with self._averaged():
             self.model.eval()
-            moments: list[Tensor] = []
-            # all images, or as many drawn from the whole: a folder's first are all of one class
-            order = torch.randperm(len(self.data), generator=keyed_generator(self.recipe.seed))
-            for indices in order[:_MEASURED].split(32):
-                images = torch.stack([self.data.load(k).image for k in indices.tolist()])
-                pixels = to_pixels(images, self.execution.device)
-                moments.append(encode_moments(self.model, pixels).float().cpu())
             measured = LatentNormalization.measure(
-                torch.cat(moments),
+                self._moments(),
                 self.model.latent_channels,
                 per_channel=self.recipe.normalization == "channel",
             )
-            save_first_stage(self.model, measured, folder / "vae")
+            if self.ranks.is_first:
+                save_first_stage(self.model, measured, folder / "vae", torch.float32)
+
+    def _moments(self) -> Tensor:
+        """Moments of all images, or of as many drawn from the whole: the same in every rank.
+
+        A folder's first images would be all of one class.
+        """
+        ranks, execution = self.ranks, self.execution
+        order = torch.randperm(len(self.data), generator=keyed_generator(self.recipe.seed))
+        batches = order[:_MEASURED].split(32)
+        mine: list[Tensor] = []
+        for indices in batches[ranks.rank :: ranks.world]:
+            images = torch.stack([self.data.load(k).image for k in indices.tolist()])
+            pixels = to_pixels(images, execution.device).to(execution.weights)
+            mine.append(widened(encode_moments(self.model, pixels)).cpu())
+        everyone = ranks.gather_values(mine)
+        return torch.cat([everyone[k % ranks.world][k // ranks.world] for k in range(len(batches))])
 
 
 def _reconstruction_terms(
@@ -283,45 +361,3 @@ def _reconstruction_terms(
         pooled = F.avg_pool2d(fake, 4), F.avg_pool2d(images, 4)
         terms["pooled_l1"] = pooled_l1 * F.l1_loss(*pooled)
     return terms
-
-
-class _Adversary:
-    """The discriminator, its optimizer, and when it learns and speaks."""
-
-    def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
-        assert recipe.loss.adversarial is not None
-        self.config = recipe.loss.adversarial
-        self.network = PatchDiscriminator(self.config.discriminator).to(device)
-        rate = self.config.learning_rate or recipe.optimizer.learning_rate
-        self.optimizer = build_optimizer(
-            [{"params": list(self.network.parameters()), "lr": rate}], recipe.optimizer
-        )
-
-    def learns_at(self, step: int) -> bool:
-        return step >= self.config.start_step - self.config.pretrain_steps
-
-    def speaks_at(self, step: int) -> bool:
-        return step >= self.config.start_step
-
-    def generator_term(
-        self, fake: Tensor, reconstruction: Tensor, last_layer: Tensor, execution: Execution
-    ) -> tuple[Tensor, Tensor]:
-        """The adversarial term of the autoencoder and its adaptive weight.
-
-        The discriminator's parameters take no gradient here: they are the adversary's to move.
-        """
-        self.network.requires_grad_(False)
-        with autocast(execution):
-            logits = self.network(fake)
-        self.network.requires_grad_(True)
-        term = generator_loss(logits)
-        weight = adaptive_weight(reconstruction, term, last_layer)
-        return self.config.weight * weight * term, weight
-
-    def backward(self, real: Tensor, fake: Tensor, execution: Execution, parts: int) -> Tensor:
-        """Accumulate the discriminator's gradients on real and reconstructed images."""
-        with autocast(execution):
-            logits = self.network(torch.cat([real, fake]))
-        loss = hinge_discriminator_loss(*logits.chunk(2)) / parts
-        loss.backward()
-        return loss.detach()

@@ -3,6 +3,9 @@
 A checkpoint is a folder ``checkpoints/step-N`` of safetensors files and one ``state.json`` with the
 plain values and the SHA-256 of each file. It is written under a temporary name, synced to the disk
 and renamed, so that a killed process or a full disk leaves the previous one as it was.
+
+What `mezzotint.training.parallel.shard` split is written by all ranks at once, each its share,
+through torch's distributed checkpointing, as safetensors too; it is read by any number of ranks.
 """
 
 import errno
@@ -11,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +22,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mezzotint.errors import CheckpointError, TrainingError
+from mezzotint.training.parallel import laid_out
+from mezzotint.training.ranks import ALONE, Ranks
 
 __all__ = [
     "Checkpoint",
@@ -59,6 +67,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     values: Mapping[str, Any],
     keep: int = 2,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write a checkpoint atomically and drop all but the newest ``keep``.
 
@@ -68,6 +77,7 @@ def save_checkpoint(
         tensors: Tensors by group and name.
         values: Plain values that JSON can hold.
         keep: How many checkpoints stay.
+        ranks: All of them call this; the first writes what all have.
 
     Returns:
         The folder of the new checkpoint.
@@ -76,26 +86,24 @@ def save_checkpoint(
         TrainingError: If the disk is full or cannot be written; earlier checkpoints are intact.
     """
     final = folder / f"step-{step}"
-    temporary = folder / f".step-{step}.{os.getpid()}.tmp"
+    temporary = folder / f".step-{step}.{ranks.of_first(os.getpid())}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        digests = {}
-        for group, named in tensors.items():
-            name = f"{group}.safetensors"
-            data = safetensors.torch.save({k: t.contiguous() for k, t in named.items()})
-            digests[name] = hashlib.sha256(data).hexdigest()
-            _write_synced(temporary / name, data)
-        state = {"format_version": 1, "step": step, "sha256": digests, "values": dict(values)}
-        _write_synced(temporary / _STATE, json.dumps(state, indent=1).encode())
-        _sync_folder(temporary)
-        if final.exists():
-            # rewritten at the end of a run: the old one steps aside, so that one is always there
-            aside = folder / f".step-{step}.{os.getpid()}.old.tmp"
-            final.rename(aside)
-        temporary.rename(final)
-        _sync_folder(folder)
+        if ranks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        ranks.wait()
+        split = any(isinstance(t, DTensor) for named in tensors.values() for t in named.values())
+        if split:
+            digests = _write_shares(temporary, tensors, ranks)
+        else:
+            digests = _write_whole(temporary, tensors) if ranks.is_first else {}
+        if ranks.is_first:
+            state = {"format_version": 1, "step": step, "sharded": split, "sha256": digests}
+            state["values"] = dict(values)
+            _write_synced(temporary / _STATE, json.dumps(state, indent=1).encode())
+            _put_in_place(temporary, final)
+            _drop_old(folder, final, keep)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(folder)
@@ -105,13 +113,61 @@ def save_checkpoint(
             f"{final}: cannot save the checkpoint: {reason}; {previous}. Free space and go on with"
             " --resume"
         ) from error
+    ranks.wait()
+    return final
+
+
+def _write_whole(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Write a file for each group; returns the hash of each."""
+    digests: dict[str, str] = {}
+    for group, named in tensors.items():
+        name = f"{group}.safetensors"
+        data = safetensors.torch.save({k: t.contiguous() for k, t in named.items()})
+        digests[name] = hashlib.sha256(data).hexdigest()
+        _write_synced(folder / name, data)
+    return digests
+
+
+def _write_shares(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+) -> dict[str, str]:
+    """Write this rank's share of all groups; returns the hash of every rank's files."""
+    flat = {f"{group}/{name}": t for group, named in tensors.items() for name, t in named.items()}
+    with ranks.told():
+        dcp.save(
+            flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        )
+    ranks.wait()
+    mine: dict[str, str] = {}
+    for path in sorted(folder.iterdir())[ranks.rank :: ranks.world]:
+        mine[path.name] = _hash_of(path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    return {name: digest for part in ranks.gather_values(mine) for name, digest in part.items()}
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    _sync_folder(temporary)
+    if final.exists():
+        # rewritten at the end of a run: the old one steps aside, so that one is always there
+        aside = final.with_name(temporary.name.replace(".tmp", ".old.tmp"))
+        final.rename(aside)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+
+
+def _drop_old(folder: Path, final: Path, keep: int) -> None:
     saved = list_checkpoints(folder)
     # what stands after this step was damaged, and the run has gone back behind it
     place = saved.index(final) + 1
     for old in (*saved[: max(0, place - keep)], *saved[place:]):
         shutil.rmtree(old, ignore_errors=True)
     remove_unfinished(folder)
-    return final
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -143,24 +199,32 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint and verify its checksums.
+def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read one checkpoint, with every tensor whole, and verify its checksums.
+
+    Args:
+        path: The folder.
+        verify: Whether the checksums are verified.
 
     Raises:
         CheckpointError: If a file is missing, truncated or altered.
     """
     try:
         state = json.loads((path / _STATE).read_text())
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name, digest in state["sha256"].items():
-            data = (path / name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != digest:
+        if state["format_version"] > 1:
+            raise CheckpointError(f"{path}: written by a newer Mezzotint; upgrade Mezzotint")
+        for name, digest in state["sha256"].items() if verify else ():
+            if _hash_of(path / name) != digest:
                 raise CheckpointError(
                     f"{path / name}: the checksum does not match; it is damaged or was truncated"
                 )
-            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
-        if state["format_version"] > 1:
-            raise CheckpointError(f"{path}: written by a newer Mezzotint; upgrade Mezzotint")
+        if state.get("sharded", False):
+            tensors = _read_shares(path)
+        else:
+            tensors = {
+                name.removesuffix(".safetensors"): safetensors.torch.load_file(path / name)
+                for name in state["sha256"]
+            }
         return Checkpoint(state["step"], tensors, state["values"], path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: missing from the checkpoint") from None
@@ -168,8 +232,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a whole checkpoint: {error}") from None
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def _read_shares(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Put together what the ranks wrote."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    flat: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, dcp.TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # which is not needed to read
+        dcp.load(flat, storage_reader=reader, no_dist=True)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        group, _, name = key.partition("/")
+        tensors.setdefault(group, {})[name] = tensor
+    return tensors
+
+
+def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest whole checkpoint of a run.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        ranks: All of them call this and read the same one; the first verifies.
 
     Returns:
         The checkpoint, or None if the run has none yet, and a sentence per damaged one passed by.
@@ -178,11 +264,17 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         CheckpointError: If the run has checkpoints and every one is damaged.
     """
     damaged: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    found: Checkpoint | None = None
+    for path in reversed(list_checkpoints(folder)) if ranks.is_first else ():
         try:
-            return read_checkpoint(path), damaged
+            found = read_checkpoint(path)
+            break
         except CheckpointError as error:
             damaged.append(str(error))
+    chosen = ranks.of_first(found.path if found else None)
+    damaged = ranks.of_first(damaged)
+    if chosen is not None:
+        return found or read_checkpoint(chosen, verify=False), damaged
     if damaged:
         raise CheckpointError(
             "; ".join(damaged)
@@ -211,7 +303,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
             # a fused step pairs the memory of weights and moments: both must lie alike in it
-            value = torch.empty_like(parameter).copy_(value)
+            value = torch.empty_like(parameter).copy_(laid_out(value, parameter))
+        else:
+            value = value.clone()
         entries.setdefault(int(index), {})[key] = value
     state = optimizer.state_dict()
     state["state"] = entries

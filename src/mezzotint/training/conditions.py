@@ -129,24 +129,28 @@ class ConditionMaker:
         )
 
     @torch.no_grad()
-    def inputs(self, told: Sequence[Told], device: torch.device) -> ConditionInputs:
+    def inputs(
+        self, told: Sequence[Told], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> ConditionInputs:
         """Put the samples of a batch together; pictures to be inpainted are encoded.
 
         Args:
             told: Of each sample.
             device: Of the model.
+            dtype: Of its weights.
         """
         masked = mask = None
         if self.wants_concat == "inpainting":
-            images = to_pixels(_stack([t.image for t in told]), torch.device("cpu"))
+            images = to_pixels(_stack([t.image for t in told]), torch.device("cpu")).to(dtype)
             masked, mask = inpainting_inputs(
                 self.model, images, _stack([t.mask for t in told]), device
             )
+            masked, mask = masked.to(dtype), mask.to(dtype)
         maps = low_res = None
         if self.wants_concat == "map":
             maps = _stack([t.map for t in told]).to(device)
         if self.wants_concat == "low_res":
-            low_res = to_pixels(_stack([t.low_res for t in told]), device)
+            low_res = to_pixels(_stack([t.low_res for t in told]), device).to(dtype)
         return ConditionInputs(
             count=len(told),
             captions=_all([t.caption for t in told]),

@@ -1,7 +1,9 @@
 """Training epsilon_theta and tau_theta in the latent space of a frozen first stage."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import copy
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.model import save_model
+from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
@@ -31,9 +34,12 @@ from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
     learning_rate_factor,
+    loss_scaler,
     use_channels_last,
 )
+from mezzotint.training.parallel import Parallel, laid_out, load_whole, shard, whole_tensors
 from mezzotint.training.previews import make_previews, preview_sheet, request_fields
+from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
 
 __all__ = ["DiffusionTask"]
@@ -51,6 +57,35 @@ class _Batch:
     seeds: list[int]
 
 
+class _Loss(nn.Module):
+    """What a step minimises (paper, eq. 2 and 3), as one module: torch's engines wrap modules."""
+
+    def __init__(
+        self, model: LatentDiffusion, recipe: DiffusionRecipe, execution: Execution
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.execution = model, recipe, execution
+
+    def forward(
+        self, z: Tensor, t: Tensor, noise: Tensor, inputs: ConditionInputs, drop: list[Tensor]
+    ) -> Tensor:
+        """Return the mean loss of a batch of latents ``(B, C, h, w)``."""
+        model, recipe = self.model, self.recipe
+        with autocast(self.execution):
+            cond = model.conditioner(inputs, *drop)
+            losses = diffusion_loss(
+                model.predict,
+                model.schedule,
+                z,
+                t,
+                noise,
+                cond,
+                weighting=recipe.weighting,
+                deviation=recipe.deviation,
+            )
+        return losses.mean()
+
+
 class DiffusionTask:
     """Trains the UNet and the conditioner jointly (paper, eq. 2 and 3).
 
@@ -60,6 +95,7 @@ class DiffusionTask:
         data: The images and what is said of them.
         cache: Their latents, or None to encode every batch anew.
         execution: Device and precision.
+        ranks: This process among the others of the run.
     """
 
     def __init__(
@@ -69,11 +105,23 @@ class DiffusionTask:
         data: ImageData,
         cache: LatentCache | None,
         execution: Execution,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
-        self.model = model.to(execution.device)
+        self.ranks = ranks
+        self.inputs = _inputs(model, data)
+        self.sharded = recipe.run.sharding and ranks.several
+        # what is drawn and written: sharded weights are gathered into it, by the first rank alone
+        self.plain = copy.deepcopy(model) if self.sharded and ranks.is_first else model
+        self.model = model.to(execution.device, execution.weights)
         if recipe.channels_last:
             use_channels_last(self.model.unet)
+        if recipe.run.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        if recipe.run.compile:
+            self.model.unet.compile()
+        if self.sharded:
+            shard(self.model)
         self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
         rate = recipe.optimizer.learning_rate
         groups: list[dict[str, Any]] = [{"params": list(model.unet.parameters()), "lr": rate}]
@@ -90,6 +138,10 @@ class DiffusionTask:
             degradation=recipe.degradation,
             masks=recipe.masks,
         )
+        self.loss = Parallel(
+            _Loss(self.model, recipe, execution), ranks, replicated=not self.sharded
+        )
+        self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
 
     @property
@@ -99,14 +151,13 @@ class DiffusionTask:
 
     def _make_batch(self, step: int) -> _Batch:
         recipe, model = self.recipe, self.model
-        first = step * self.images_per_step
         images: list[Tensor] = []
         told: list[Told] = []
         drop: list[bool] = []
         drop_spatial: list[bool] = []
         times: list[int] = []
         seeds: list[int] = []
-        for position in range(first, first + self.images_per_step):
+        for position in positions_of(step, recipe.batch_size, recipe.accumulate, self.ranks):
             index = self.order.index(position)
             generator = keyed_generator(recipe.seed, 0xDA7A, position)
             if self.cache is None:
@@ -136,11 +187,12 @@ class DiffusionTask:
 
     def _latents(self, batch: Tensor, seeds: list[int]) -> Tensor:
         """Normalised latents: posterior samples for KL, the latent itself for the others."""
-        first_stage = self.model.first_stage
+        first_stage, execution = self.model.first_stage, self.execution
         if self.cache is None:
+            pixels = to_pixels(batch, execution.device).to(execution.weights)
             with torch.no_grad():
-                batch = encode_moments(first_stage, to_pixels(batch, self.execution.device))
-        batch = batch.to(self.execution.device)
+                batch = encode_moments(first_stage, pixels)
+        batch = batch.to(execution.device, execution.weights)
         if isinstance(first_stage, AutoencoderKL):
             batch = DiagonalGaussian(batch).sample(SampleNoise([mix(s, 1) for s in seeds]))
         return self.model.normalization.normalize(batch)
@@ -148,42 +200,34 @@ class DiffusionTask:
     def train_step(self, step: int, progress: float) -> Mapping[str, Tensor | float]:
         """Do one optimizer step of UNet and conditioner together."""
         recipe = self.recipe
-        torch.manual_seed(mix(recipe.seed, step))  # dropout
+        torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
         factor = learning_rate_factor(recipe.optimizer, step, progress)
         self.model.train()
         batch = self.batches.get(step)
         total: Tensor | float = 0.0
-        for start in range(0, self.images_per_step, recipe.batch_size):
-            part = slice(start, start + recipe.batch_size)
-            loss = self._loss(batch, part).mean() / recipe.accumulate
-            loss.backward()
+        each = recipe.batch_size // self.ranks.world
+        for number in range(recipe.accumulate):
+            part = slice(number * each, (number + 1) * each)
+            with self.loss.part(last=number == recipe.accumulate - 1):
+                loss = self._loss(batch, part) / recipe.accumulate
+                self.scaler.scale(loss).backward()
             total = total + loss.detach()
-        norm = apply_gradients(self.optimizer, recipe.optimizer, factor)
+        norm = apply_gradients(self.optimizer, recipe.optimizer, factor, self.scaler)
+        self.scaler.update()
         self.ema.update()
         rate = recipe.optimizer.learning_rate * factor
         return {"loss": total, "gradient_norm": norm, "learning_rate": rate}
 
     def _loss(self, batch: _Batch, part: slice) -> Tensor:
-        device = self.execution.device
+        device, dtype = self.execution.device, self.execution.weights
         seeds = batch.seeds[part]
         z = self._latents(batch.latents[part], seeds)
-        noise = SampleNoise(seeds).normal(z.shape[1:]).to(device)
-        inputs = self.conditions.inputs(batch.told[part], device)
-        with autocast(self.execution):
-            conditioner, drop = self.model.conditioner, [batch.drop[part]]
-            if isinstance(conditioner, HybridConditioner):
-                drop.append(batch.drop_spatial[part])
-            cond = conditioner(inputs, *drop)
-            return diffusion_loss(
-                self.model.predict,
-                self.model.schedule,
-                z,
-                batch.t[part].to(device),
-                noise,
-                cond,
-                weighting=self.recipe.weighting,
-                deviation=self.recipe.deviation,
-            )
+        noise = SampleNoise(seeds).normal(z.shape[1:]).to(device, dtype)
+        inputs = self.conditions.inputs(batch.told[part], device, dtype)
+        drop = [batch.drop[part]]
+        if isinstance(self.model.conditioner, HybridConditioner):
+            drop.append(batch.drop_spatial[part])
+        return self.loss(z, batch.t[part].to(device), noise, inputs, drop)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return everything that a resumed run needs."""
@@ -192,20 +236,7 @@ class DiffusionTask:
             "ema": self.ema.state_dict(),
             "optimizer": flatten_optimizer(self.optimizer),
         }
-        return tensors, {"inputs": self._inputs()}
-
-    def _inputs(self) -> dict[str, Any]:
-        """What the weights were trained on: with anything else they are worth nothing."""
-        return {
-            "first_stage": fingerprint(
-                [
-                    *self.model.first_stage.state_dict().items(),
-                    *self.model.normalization.state_dict().items(),
-                ]
-            ),
-            "data": self.data.fingerprint,
-            "classes": list(self.data.class_names or ()),
-        }
+        return tensors, {"inputs": self.inputs, "scaler": self.scaler.state_dict()}
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Take back what `state` gave.
@@ -219,20 +250,43 @@ class DiffusionTask:
             ("classes", "the classes of the data"),
             ("data", "the images, or what is said of them,"),
         ):
-            if saved[name] != self._inputs()[name]:
+            if saved[name] != self.inputs[name]:
                 raise TrainingError(
                     f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
                     " back as they were, or start anew with another --output"
                 )
         tensors = checkpoint.tensors
-        self.trained.load_state_dict(tensors["weights"])
-        self.ema.load_state_dict(tensors["ema"])
+        load_whole(self.trained, tensors["weights"])
+        averages = self.ema.state_dict()
+        self.ema.load_state_dict({k: laid_out(t, averages[k]) for k, t in tensors["ema"].items()})
         restore_optimizer(self.optimizer, tensors["optimizer"])
+        if saved_scaler := checkpoint.values.get("scaler"):
+            self.scaler.load_state_dict(saved_scaler)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Generator[LatentDiffusion]:
+        """A model with the averaged weights; of sharded ones, whole in the first rank alone."""
+        with self.ema.applied():
+            if self.sharded:
+                whole = whole_tensors(self.trained)
+                if self.ranks.is_first:
+                    plain = self.plain
+                    parts = nn.ModuleDict({"unet": plain.unet, "conditioner": plain.conditioner})
+                    parts.load_state_dict(whole)
+            yield self.plain
 
     def draw_samples(self, path: Path) -> None:
         """Draw what some of the examples ask for with the averaged weights."""
-        recipe = self.recipe
-        pipeline = Pipeline(self.model, self.execution, recipe.name)
+        with self._averaged() as model:
+            if self.ranks.is_first:
+                self._draw(model, path)
+
+    def _draw(self, model: LatentDiffusion, path: Path) -> None:
+        recipe, execution = self.recipe, self.execution
+        if execution.weights is torch.float64:
+            model = copy.deepcopy(model).float()
+            execution = replace(execution, precision=torch.float32)
+        pipeline = Pipeline(model, execution, recipe.name)
         pipeline.model_hash = "training"  # the weights move: a hash of them would mean nothing
         previews = make_previews(self.conditions, _PREVIEWS, recipe.seed)
         pictures = InputPictures()
@@ -246,8 +300,7 @@ class DiffusionTask:
             )
             for k, preview in enumerate(previews)
         ]
-        with self.ema.applied():
-            drawn = generate_each(pipeline, requests, pictures=pictures)
+        drawn = generate_each(pipeline, requests, pictures=pictures)
         sheet = preview_sheet(previews, [item.image for item in drawn])
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
@@ -255,6 +308,20 @@ class DiffusionTask:
     def export(self, folder: Path) -> None:
         """Write the model with the averaged weights."""
         self.batches.close()
-        with self.ema.applied():
-            self.model.eval()
-            save_model(self.model, folder)
+        with self._averaged() as model:
+            if self.ranks.is_first:
+                model.eval()
+                save_model(model, folder)
+
+
+def _inputs(model: LatentDiffusion, data: ImageData) -> dict[str, Any]:
+    """What the weights are trained on: with anything else they are worth nothing."""
+    tensors = [
+        *model.first_stage.state_dict().items(),
+        *model.normalization.state_dict().items(),
+    ]
+    return {
+        "first_stage": fingerprint(tensors),
+        "data": data.fingerprint,
+        "classes": list(data.class_names or ()),
+    }

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
+
+from mezzotint.training.ranks import ALONE, Ranks
 
 __all__ = ["RunLog"]
 
@@ -28,15 +31,19 @@ class RunLog:
         folder: The run folder.
         title: Name of the run on the progress line.
         console: Where the progress line and the events are shown.
+        ranks: This process among the others of the run. The first alone writes and speaks, of the
+            values of all.
     """
 
-    def __init__(self, folder: Path, title: str, console: Console) -> None:
-        self.title = title
-        self.console = console
-        folder.mkdir(parents=True, exist_ok=True)
-        self._text = (folder / "log.txt").open("a", encoding="utf-8")
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = self._open_board(folder / "tensorboard")
+    def __init__(self, folder: Path, title: str, console: Console, ranks: Ranks = ALONE) -> None:
+        self.title, self.ranks = title, ranks
+        self.console = console if ranks.is_first else Console(quiet=True)
+        text = metrics = Path(os.devnull)
+        if ranks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            text, metrics = folder / "log.txt", folder / "metrics.jsonl"
+        self._text, self._metrics = (path.open("a", encoding="utf-8") for path in (text, metrics))
+        self._board = self._open_board(folder / "tensorboard") if ranks.is_first else None
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._last: tuple[int, float] | None = None
         self._shown: dict[str, float] = {}
@@ -63,10 +70,12 @@ class RunLog:
             self._sums[name] = (total + value, count + 1)
 
     def flush(self, step: int, seconds: float, images_per_step: int) -> dict[str, float]:
-        """Write the averages since the last call, and return them."""
+        """Write the averages since the last call, over all ranks, and return them."""
         if not self._sums:
             return {}
-        averages = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        sums = self._sums.values()
+        means = self.ranks.means([float(total) / count for total, count in sums])
+        averages = dict(zip(self._sums, means, strict=True))
         if self._last is not None and seconds > self._last[1]:
             steps = step - self._last[0]
             averages["images_per_second"] = steps * images_per_step / (seconds - self._last[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 from mezzotint.errors import TrainingError
 from mezzotint.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from mezzotint.training.log import RunLog
+from mezzotint.training.ranks import ALONE, Ranks
 from mezzotint.training.recipe import BudgetConfig, RunConfig
 
 __all__ = ["Task", "run_loop"]
@@ -113,6 +114,8 @@ def run_loop(
     run: RunConfig,
     log: RunLog,
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
+    stop_after: int | None = None,
 ) -> None:
     """Train a task until its budget is spent, and export the model to ``folder/model``.
 
@@ -123,9 +126,14 @@ def run_loop(
         run: What to write, and when.
         log: Where losses and events go.
         checkpoint: Where to go on from; None starts anew.
+        ranks: This process among the others of the run. What the clock decides, the first decides
+            for all.
+        stop_after: Save a checkpoint and return after so many steps of this call, if the budget is
+            not spent before.
 
     Raises:
-        TrainingError: If the loss is no longer a number, or a checkpoint cannot be saved.
+        TrainingError: If the loss is no longer a number, a checkpoint cannot be saved, or another
+            process has ended.
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is saved.
     """
     step, spent = 0, 0.0
@@ -133,39 +141,54 @@ def run_loop(
         task.load_state(checkpoint)
         step, spent = checkpoint.step, float(checkpoint.values["seconds"])
         log.event(f"going on from step {step:,} ({checkpoint.path})")
-    clock = _Clock(spent)
+    first, clock = step, _Clock(spent)
     # at whole multiples of the interval, whatever stopped and continued the run in between
     interval = 60 * run.checkpoint_minutes
     due = (spent // interval + 1) * interval
     last_drawn = clock.seconds
 
-    def save() -> None:
-        # never push a good checkpoint out by one that is no longer a number
+    def flush() -> None:
         _check_finite(log.flush(step, clock.seconds, task.images_per_step), step, folder)
+
+    def save() -> None:
+        flush()  # never push a good checkpoint out by one that is no longer a number
         tensors, values = task.state()
         values["seconds"] = clock.seconds
-        save_checkpoint(folder / "checkpoints", step, tensors, values, run.keep_checkpoints)
+        save_checkpoint(folder / "checkpoints", step, tensors, values, run.keep_checkpoints, ranks)
 
     with _stop_on_signal() as stopped, log.progress() as display:
-        while (progress := _progress(budget, step, clock.seconds)) < 1.0:
-            values = task.train_step(step, progress)
-            step += 1
-            log.collect(values)
-            if step % run.log_steps == 0:
-                _check_finite(log.flush(step, clock.seconds, task.images_per_step), step, folder)
-            display(progress, clock.seconds, step)
-            if stopped:
-                save()
-                log.event(f"stopped by {stopped[0]} at step {step:,}; go on with --resume")
+        while True:
+            seconds = clock.seconds
+            mine = [_progress(budget, step, seconds), seconds >= due]
+            mine += [seconds - last_drawn > 60 * run.sample_minutes]
+            progress, must_save, must_draw, must_stop = ranks.largest(
+                [*(mine if ranks.is_first else [0.0] * len(mine)), bool(stopped)]
+            )
+            display(progress, seconds, step)
+            if must_stop:
+                if step > first:
+                    save()
+                by = stopped[0] if stopped else "a signal to another process"
+                log.event(f"stopped by {by} at step {step:,}; go on with --resume")
                 raise KeyboardInterrupt
-            if clock.seconds >= due:
+            if progress >= 1.0:
+                break
+            if stop_after is not None and step - first >= stop_after:
+                save()
+                log.event(f"stopped after {step - first:,} steps, at step {step:,}")
+                return
+            if must_save:
                 with clock.paused():
                     save()
                 due = (clock.seconds // interval + 1) * interval
-            if clock.seconds - last_drawn > 60 * run.sample_minutes:
+            if must_draw:
                 with clock.paused():
                     task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
                 last_drawn = clock.seconds
+            log.collect(task.train_step(step, progress))
+            step += 1
+            if step % run.log_steps == 0:
+                flush()
     save()
     task.export(folder / "model")
     task.draw_samples(folder / "samples" / f"step-{step:07d}.png")

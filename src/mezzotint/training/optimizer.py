@@ -5,10 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from mezzotint.device import Execution
 from mezzotint.training.recipe import OptimizerConfig
 
-__all__ = ["apply_gradients", "build_optimizer", "learning_rate_factor", "use_channels_last"]
+__all__ = [
+    "apply_gradients",
+    "build_optimizer",
+    "learning_rate_factor",
+    "loss_scaler",
+    "use_channels_last",
+]
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
@@ -35,7 +43,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
 
 def apply_gradients(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, factor: float
+    optimizer: torch.optim.Optimizer,
+    config: OptimizerConfig,
+    factor: float,
+    scaler: torch.amp.GradScaler,
 ) -> Tensor:
     """Clip, step and clear.
 
@@ -43,18 +54,26 @@ def apply_gradients(
         optimizer: From `build_optimizer`, gradients accumulated.
         config: Says where to clip.
         factor: Share of the peak learning rate.
+        scaler: From `loss_scaler`, by which the loss was scaled; the caller updates it.
 
     Returns:
-        The global gradient norm before clipping.
+        The global gradient norm before clipping, a scalar.
     """
+    scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.gradient_clip if config.gradient_clip is not None else math.inf
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-    optimizer.step()
+    scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def loss_scaler(execution: Execution) -> torch.amp.GradScaler:
+    """Return what keeps float16 gradients from vanishing; in other precisions it does nothing."""
+    half = execution.precision is torch.float16
+    return torch.amp.GradScaler(execution.device.type, enabled=half)
 
 
 def use_channels_last(module: nn.Module) -> None:

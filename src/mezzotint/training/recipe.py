@@ -80,12 +80,27 @@ class BudgetConfig(Config):
 
 
 class RunConfig(Config):
-    """What a run writes, and when."""
+    """What a run writes, and when; and how it is carried out, which changes no result.
+
+    Attributes:
+        checkpoint_minutes: Between checkpoints.
+        keep_checkpoints: How many stay.
+        sample_minutes: Between sheets of samples.
+        log_steps: Between rows of the log.
+        sharding: Of several processes, each keeps a share of weights, averages and the optimizer's
+            state (torch's ``fully_shard``) in place of all of them; only for diffusion models.
+        gradient_checkpointing: Compute the UNet's levels anew in the backward pass: less memory,
+            about a third more time.
+        compile: Let torch compile the network; minutes at the start for less time a step.
+    """
 
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     sample_minutes: float = Field(default=5.0, gt=0)
     log_steps: int = Field(default=50, ge=1)
+    sharding: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 class _RecipeBase(Document):
@@ -93,9 +108,9 @@ class _RecipeBase(Document):
     description: str = ""
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, description="of all processes together")
     accumulate: int = Field(default=1, ge=1, description="gradient accumulation: batches per step")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     channels_last: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     budget: BudgetConfig
@@ -168,6 +183,9 @@ class AutoencoderRecipe(_RecipeBase):
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoencoderRecipe":
+        for name in ("sharding", "gradient_checkpointing"):
+            if getattr(self.run, name):
+                raise ValueError(f"run.{name} is for diffusion models; first stages are small")
         for name in ("in_channels", "out_channels"):
             if getattr(self.model, name) != 3:
                 raise ValueError(f"model.{name} must be 3: the data are RGB images")

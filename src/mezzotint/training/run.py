@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
+from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
 
 __all__ = ["load_recipe", "recipe_names", "train"]
@@ -88,8 +90,9 @@ def train(
     resume: bool = False,
     device: str = "auto",
     console: Console | None = None,
+    stop_after: int | None = None,
 ) -> Path:
-    """Train what a recipe says.
+    """Train what a recipe says, on one process or, started by torchrun, on several.
 
     Args:
         recipe: A recipe, a path to one, or the name of a shipped one.
@@ -98,6 +101,7 @@ def train(
         resume: Go on from the newest whole checkpoint of the run folder.
         device: ``auto``, ``cpu``, ``cuda``, …
         console: Where progress is shown.
+        stop_after: Save a checkpoint and return after so many steps, to be gone on with.
 
     Returns:
         The run folder; the trained model is in its ``model/``.
@@ -113,26 +117,57 @@ def train(
     elif overrides:
         recipe = type(recipe).from_dict(apply_overrides(recipe.to_dict(), overrides))
     folder = Path(output) if output is not None else Path("runs") / recipe.name
-    execution = select_precision(recipe.precision, select_device(device))
+    execution = _execution(recipe.precision, rank_device(select_device(device)))
     if execution.device.type == "cpu":
         keep_freed_memory()
+    with join_ranks(execution.device) as ranks:
+        setting = _Setting(execution, ranks, resume, console or Console())
+        _train(recipe, folder, setting, stop_after)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How recipes are carried out: the first stage's own, where it is trained first, likewise."""
+
+    execution: Execution
+    ranks: Ranks
+    resume: bool
+    console: Console
+
+
+def _execution(precision: str, device: torch.device) -> Execution:
+    if precision != "float64":
+        return select_precision(precision, device)
+    reasons = (*select_precision("float32", device).reasons[:1], "float64: asked for, to compare")
+    return Execution(device=device, precision=torch.float64, reasons=reasons)
+
+
+def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | None = None) -> None:
+    execution, ranks = setting.execution, setting.ranks
+    _check_share(recipe, ranks)
     data = open_data(recipe.data)
-    _claim(folder, recipe, resume)
+    if ranks.is_first:
+        _claim(folder, recipe, setting.resume)
+    ranks.wait()
     log: RunLog | None = None
     try:
-        log = RunLog(folder, recipe.name, console or Console())
+        log = RunLog(folder, recipe.name, setting.console, ranks)
         for reason in execution.reasons:
             log.event(reason)
+        if ranks.several:
+            shared = "shared by" if recipe.run.sharding else "on each of"
+            log.event(f"{ranks.world} processes; the weights are {shared} them")
         log.event(f"{len(data):,} images")
         if data.faults:
             log.event(f"{len(data.faults):,} broken images are skipped")
         for fault in data.faults:
             log.event(f"skipped {fault.name}: {fault.reason}")
         if isinstance(recipe, AutoencoderRecipe):
-            task: Task = AutoencoderTask(recipe, data, execution)
+            task: Task = AutoencoderTask(recipe, data, execution, ranks)
         else:
-            task = _diffusion_task(recipe, data, execution, folder, resume, device, log)
-        checkpoint, damaged = newest_checkpoint(folder / "checkpoints")
+            task = _diffusion_task(recipe, data, folder, setting, log)
+        checkpoint, damaged = newest_checkpoint(folder / "checkpoints", ranks)
         for sentence in damaged:
             log.event(f"passed by a damaged checkpoint: {sentence}")
         run_loop(
@@ -142,6 +177,8 @@ def train(
             run=recipe.run,
             log=log,
             checkpoint=checkpoint,
+            ranks=ranks,
+            stop_after=stop_after,
         )
     # safetensors raises an error of its own where a file cannot be written
     except (OSError, SafetensorError) as error:
@@ -152,7 +189,16 @@ def train(
     finally:
         if log is not None:
             log.close()
-    return folder
+
+
+def _check_share(recipe: Recipe, ranks: Ranks) -> None:
+    if recipe.batch_size % ranks.world:
+        lower = recipe.batch_size // ranks.world * ranks.world
+        near = f"{lower} or {lower + ranks.world}" if lower else str(ranks.world)
+        raise ConfigError(
+            f"batch_size {recipe.batch_size}, which is of all processes together, is not divisible"
+            f" by {ranks.world} processes; the nearest is {near}"
+        )
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -202,32 +248,30 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
 
 
 def _diffusion_task(
-    recipe: DiffusionRecipe,
-    data: ImageData,
-    execution: Execution,
-    folder: Path,
-    resume: bool,
-    device: str,
-    log: RunLog,
+    recipe: DiffusionRecipe, data: ImageData, folder: Path, setting: _Setting, log: RunLog
 ) -> DiffusionTask:
+    execution, ranks = setting.execution, setting.ranks
     check_data(data, recipe.conditioning)
-    first_stage, normalization = _first_stage(recipe, folder, resume, device, log)
+    first_stage, normalization = _first_stage(recipe, folder, setting, log)
     first_stage = first_stage.to(execution.device)
     _check_factor(recipe, first_stage.factor)
     _check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
-    conditioner = _conditioner(recipe, data, folder)
+    conditioner = _conditioner(recipe, data, folder, ranks)
     cache: LatentCache | None = None
     if recipe.latent_variants:
         log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
-        cache = build_latent_cache(
-            data,
-            first_stage,
-            variants=recipe.latent_variants,
-            seed=recipe.seed,
-            folder=folder / "latents",
-            device=execution.device,
-        )
+        for turn in (ranks.is_first, not ranks.is_first):  # the others read what the first wrote
+            if turn:
+                cache = build_latent_cache(
+                    data,
+                    first_stage,
+                    variants=recipe.latent_variants,
+                    seed=recipe.seed,
+                    folder=folder / "latents",
+                    device=execution.device,
+                )
+            ranks.wait()
     torch.manual_seed(mix(recipe.seed, 0x1217))
     model = LatentDiffusion(
         first_stage,
@@ -237,7 +281,7 @@ def _diffusion_task(
         normalization,
         (recipe.data.resolution, recipe.data.resolution),
     )
-    return DiffusionTask(recipe, model, data, cache, execution)
+    return DiffusionTask(recipe, model, data, cache, execution, ranks)
 
 
 def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
@@ -258,7 +302,7 @@ def _check_map(recipe: DiffusionRecipe, factor: int) -> None:
 
 
 def _first_stage(
-    recipe: DiffusionRecipe, folder: Path, resume: bool, device: str, log: RunLog
+    recipe: DiffusionRecipe, folder: Path, setting: _Setting, log: RunLog
 ) -> tuple[FirstStage, LatentNormalization]:
     """Load the first stage with the statistics of its latents; train it first if need be."""
     config = recipe.first_stage
@@ -281,30 +325,35 @@ def _first_stage(
             raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
         _check_factor(recipe, first.model.factor)
         log.event(f"training the first stage by its own recipe, {config.recipe}")
-        resume = resume and (stage / "recipe.yaml").is_file()
-        train(first, output=stage, resume=resume, device=device, console=log.console)
+        resume = setting.resume and (stage / "recipe.yaml").is_file()
+        _train(first, stage, replace(setting, resume=resume))
+        setting.ranks.wait()  # for the first, which writes it
     return load_first_stage(stage / "model" / "vae")
 
 
-def _conditioner(recipe: DiffusionRecipe, data: ImageData, folder: Path) -> Conditioner:
+def _conditioner(
+    recipe: DiffusionRecipe, data: ImageData, folder: Path, ranks: Ranks
+) -> Conditioner:
     torch.manual_seed(mix(recipe.seed, 0xC0D))
     config = with_class_names(recipe.conditioning, data.class_names)
     main, tokenizer = main_config(config), None
     if isinstance(main, TextConditionerConfig):
-        tokenizer = _tokenizer(data, main.vocab_size, folder)
+        if ranks.is_first:
+            _train_tokenizer(data, main.vocab_size, folder / "tokenizer.json")
+        ranks.wait()
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return build_conditioner(config, tokenizer)
 
 
-def _tokenizer(data: ImageData, vocab_size: int, folder: Path) -> Tokenizer:
+def _train_tokenizer(data: ImageData, vocab_size: int, path: Path) -> None:
     """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        captions = {data.describe(k).caption or "" for k in range(len(data))}
-        for k in range(len(data)):
-            for variant in range(8):
-                generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
-                captions.add(data.describe(k, generator).caption or "")
-        temporary = path.with_suffix(".tmp")
-        train_tokenizer(captions, vocab_size).save(str(temporary))
-        temporary.replace(path)
-    return Tokenizer.from_file(str(path))
+    if path.is_file():
+        return
+    captions = {data.describe(k).caption or "" for k in range(len(data))}
+    for k in range(len(data)):
+        for variant in range(8):
+            generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
+            captions.add(data.describe(k, generator).caption or "")
+    temporary = path.with_suffix(".tmp")
+    train_tokenizer(captions, vocab_size).save(str(temporary))
+    temporary.replace(path)
