@@ -15,6 +15,7 @@ from mezzotint.training.ema import (
     WarmupEMAConfig,
 )
 from mezzotint.training.power_function import decay_at, gamma_of, sigma_rel_of
+from mezzotint.training.snapshots import save_snapshot
 
 POWER = PowerEMAConfig(sigma_rel=(0.05, 0.10, 0.25))
 
@@ -212,7 +213,7 @@ def test_states_of_before_there_were_profiles_are_read():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sharded_parameters_are_averaged_alike():
+def test_sharded_parameters_are_averaged_and_stored_alike(tmp_path):
     torch.manual_seed(0)
     plain, sharded = nn.Linear(4, 4), nn.Linear(4, 4)
     sharded.load_state_dict(plain.state_dict())
@@ -231,6 +232,8 @@ def test_sharded_parameters_are_averaged_alike():
         for name, tensor in other.state_dict().items():
             gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             assert torch.equal(gathered, one.state_dict()[name]), name
+        files = [save_snapshot(ema, tmp_path / str(k)) for k, ema in enumerate((one, other))]
+        assert files[0].read_bytes() == files[1].read_bytes()
         with other.applied():
             for p, q in zip(sharded.parameters(), one.average.values(), strict=True):
                 assert torch.equal(p.full_tensor(), q)

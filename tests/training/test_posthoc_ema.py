@@ -200,8 +200,17 @@ def test_a_training_taken_up_again_drops_what_lies_ahead(tmp_path):
     walk.on(20)
     walk.ema.load_state_dict(state)
     assert [s.step for s in read_snapshots(walk.folder)] == [10, 20, 30, 40]
+    (walk.folder / ".step-30.safetensors.1234abcd").write_bytes(b"killed while it was written")
     walk.on(10)
-    assert [s.step for s in read_snapshots(walk.folder)] == [10, 20, 30]
+    assert sorted(p.name for p in walk.folder.iterdir()) == [
+        f"step-{n}.safetensors" for n in (10, 20, 30)
+    ]
+
+
+def test_a_snapshot_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "ema" / "step-1.safetensors" / "in the way").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="step-1.*cannot be written.*go on with --resume"):
+        Walk(tmp_path, PowerEMAConfig(snapshot_steps=1)).on(1)
 
 
 @pytest.fixture(scope="module")

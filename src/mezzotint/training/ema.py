@@ -179,7 +179,8 @@ class ExponentialMovingAverage:
     def distance(self) -> float:
         """Return ``|ema - theta| / |theta|`` of the first average, over all parameters.
 
-        It is 0 only where the parameters stand still, or the decay is 0.
+        It is 0 only where the parameters stand still, or the decay is 0. Where they are sharded,
+        every rank must ask.
         """
         self._check()
         apart, size = 0.0, 0.0

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from mezzotint.checkpoints.folder import whole_or_not
 from mezzotint.errors import CheckpointError, TrainingError
@@ -72,7 +72,8 @@ def save_if_due(ema: ExponentialMovingAverage, folder: Path, *, last: bool = Fal
 def save_snapshot(ema: ExponentialMovingAverage, folder: Path) -> Path | None:
     """Store averages of power functions, and drop snapshots of later steps.
 
-    Those are of a training that went on from here before, and was taken up again.
+    Those are of a training that went on from here before, and was taken up again. Of several
+    ranks the first writes; all must call this together where the averages are sharded.
 
     Args:
         ema: The averages.
@@ -87,7 +88,6 @@ def save_snapshot(ema: ExponentialMovingAverage, folder: Path) -> Path | None:
     config = ema.config
     assert isinstance(config, PowerEMAConfig)
     wanted = getattr(torch, config.snapshot_precision)
-    entries: list[Entry] = []
     metadata = {
         "format_version": str(_FORMAT_VERSION),
         "step": str(ema.updates),
@@ -95,26 +95,32 @@ def save_snapshot(ema: ExponentialMovingAverage, folder: Path) -> Path | None:
         "overwritten": json.dumps(ema.overwritten),
     }
     digest = hashlib.sha256(_described(metadata))
+    stored: dict[str, Tensor] = {}
     for name in sorted(ema.average):
         for k, average in enumerate(ema.averages):
-            tensor = average[name]
-            largest = float(whole(tensor.abs().max())) if tensor.numel() else 0.0
+            tensor = whole(average[name]).cpu()
+            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
             if not largest < float("inf"):
                 return None
             dtype = wanted if largest <= _MOST_FLOAT16 else torch.float32
-            digest.update(_bytes(narrowed(name, whole(tensor).cpu(), dtype)))
-            give = partial(whole, tensor)
-            entries.append((f"{k}/{name}", dtype, tuple(tensor.shape), give))
+            stored[f"{k}/{name}"] = narrowed(name, tensor, dtype)
+            digest.update(_bytes(stored[f"{k}/{name}"]))
     metadata["sha256"] = digest.hexdigest()
     path = folder / f"step-{ema.updates}.safetensors"
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+        return path
+    entries: list[Entry] = [
+        (name, tensor.dtype, tuple(tensor.shape), partial(stored.__getitem__, name))
+        for name, tensor in stored.items()
+    ]
     try:
         with whole_or_not(path) as temporary:
             write_safetensors(temporary, entries, metadata)
     except CheckpointError as error:
         raise TrainingError(f"{error}; free space, and go on with --resume") from error
-    for step, later in _files(folder):
-        if step > ema.updates:
-            later.unlink(missing_ok=True)
+    ahead = (later for step, later in _files(folder) if step > ema.updates)
+    for left in (*ahead, *folder.glob(".step-*")):  # and what a killed process had begun
+        left.unlink(missing_ok=True)
     return path
 
 
