@@ -141,6 +141,7 @@ SURFACE = {
         "--output",
         "-o",
     },
+    "average": {"run", "--sigma-rel", "--at-step", "--output", "-o", "--device"},
     "replay": {"image", "--model", "--device", "--output", "-o", "--input"},
     "doctor": set[str](),
 }

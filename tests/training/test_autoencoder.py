@@ -68,7 +68,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tiny):
 
 
 def test_codes_are_counted_over_an_epoch_and_dead_ones_reseeded(tiny):
-    task = task_for(tiny.autoencoder(model=VQ, batch_size=16))
+    task = task_for(tiny.autoencoder(model=VQ, batch_size=16, ema={"kind": "power"}))
     assert isinstance(task.model, VQModel)
     with torch.no_grad():
         task.model.quantize.embedding.weight[32:] = 1e3  # nobody will choose these
@@ -78,11 +78,16 @@ def test_codes_are_counted_over_an_epoch_and_dead_ones_reseeded(tiny):
     assert 0 < float(seen[2]["code_usage"]) <= 0.5
     assert task.model.quantize.usage.sum() == 0
     assert task.model.quantize.embedding.weight.abs().max() < 100
+    # no average holds what the dead ones were
+    assert task.ema is not None and task.ema.overwritten == {"quantize.embedding.weight": 3}
+    for average in task.ema.averages:
+        assert average["quantize.embedding.weight"].abs().max() < 100
 
 
 @pytest.mark.parametrize("model", ["kl", "kl channels last", "vq"])
 def test_resumed_equals_uninterrupted(tiny, tmp_path, model):
-    changes = {"loss__adversarial": ADVERSARY, "ema_decay": 0.9}
+    average = {"ema": {"kind": "power"}} if model == "vq" else {"ema_decay": 0.9}
+    changes = {"loss__adversarial": ADVERSARY, **average}
     if model.endswith("last"):
         changes["channels_last"] = True
     if model == "vq":

@@ -8,6 +8,12 @@ from mezzotint.errors import ConfigError
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
 from mezzotint.models.unet import UNet
 from mezzotint.training.batches import DataOrder
+from mezzotint.training.ema import (
+    ConstantEMAConfig,
+    InverseGammaEMAConfig,
+    PowerEMAConfig,
+    WarmupEMAConfig,
+)
 from mezzotint.training.optimizer import learning_rate_factor
 from mezzotint.training.recipe import AutoencoderRecipe, OptimizerConfig
 from mezzotint.training.run import load_recipe, recipe_names
@@ -85,3 +91,54 @@ def test_learning_rate_rises_and_falls():
 def test_a_patch_that_does_not_fit_is_refused(tiny, patch, message):
     with pytest.raises(ConfigError, match=message):
         tiny.autoencoder(patch=patch)
+
+
+def test_ema_decay_is_short_for_a_warmed_up_average(tiny):
+    short = tiny.diffusion(ema_decay=0.99)
+    assert short.average == WarmupEMAConfig(decay=0.99)
+    assert tiny.diffusion().average == WarmupEMAConfig(decay=0.9999)
+    assert tiny.autoencoder(ema_decay=0.9).average == WarmupEMAConfig(decay=0.9)
+    assert tiny.autoencoder().average is None
+    # a recipe of before there was ema, as runs have stored it, is the same recipe
+    old = short.to_dict()
+    assert old.pop("ema") is None and old["ema_decay"] == 0.99
+    assert type(short).from_dict(old) == short
+
+
+@pytest.mark.parametrize("make", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize(
+    ("ema", "average"),
+    [
+        ({"kind": "constant", "decay": 0.9}, ConstantEMAConfig(decay=0.9)),
+        ({"kind": "inverse_gamma", "power": 0.75}, InverseGammaEMAConfig(power=0.75)),
+        ({"kind": "power"}, PowerEMAConfig(sigma_rel=(0.05, 0.10), snapshot_steps=1000)),
+    ],
+)
+def test_every_kind_of_average_is_read_and_written(tiny, make, ema, average):
+    recipe = getattr(tiny, make)(ema=ema)
+    assert recipe.average == average and recipe.ema_decay is None
+    assert type(recipe).from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema": {"kind": "power"}, "ema_decay": 0.9}, "ema and ema_decay are both given"),
+        ({"ema_decay": None}, "one of ema and ema_decay is required"),
+        ({"ema": {"kind": "powr"}}, "'constant', 'warmup', 'inverse_gamma', 'power'"),
+        ({"ema": {"kind": "warmup", "dcay": 0.9}}, "'ema.dcay'; did you mean 'decay'"),
+        ({"ema": {"kind": "power", "sigma_rel": [0.3]}}, r"ema.sigma_rel.0: .* less than or equal"),
+        ({"ema": {"kind": "power", "sigma_rel": [0.1, 0.1]}}, "stands there twice"),
+        ({"ema": {"kind": "constant", "decay": 1.0}}, "ema.decay: .* less than 1"),
+    ],
+)
+def test_an_average_that_is_none_is_refused(tiny, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.diffusion(**changes)
+
+
+def test_a_shipped_recipe_takes_another_average():
+    with pytest.raises(ConfigError, match="or set ema_decay to null"):
+        load_recipe("emoji-text", ["ema.kind=power"])
+    recipe = load_recipe("emoji-text", ["ema.kind=power", "ema_decay=null"])
+    assert recipe.average == PowerEMAConfig()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import mezzotint
+from mezzotint.cli.average import average
 from mezzotint.cli.convert import convert
 from mezzotint.cli.demo import demo
 from mezzotint.cli.doctor import doctor
@@ -29,7 +30,7 @@ app = typer.Typer(
     # a fault of Mezzotint's own shows Python's traceback, which a report can quote
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, sample, replay, evaluate, inspect, convert, doctor):
+for command in (demo, train, sample, replay, evaluate, inspect, convert, average, doctor):
     app.command()(command)
 app.add_typer(study, name="study")
 

@@ -35,6 +35,7 @@ from mezzotint.training.optimizer import (
 from mezzotint.training.parallel import Parallel
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import AutoencoderRecipe
+from mezzotint.training.snapshots import save_if_due
 
 __all__ = ["AutoencoderTask", "to_pixels"]
 
@@ -154,8 +155,8 @@ class AutoencoderTask:
             recipe.optimizer,
         )
         self.adversary = Adversary(recipe, execution, ranks) if loss.adversarial else None
-        decay = recipe.ema_decay
-        self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)
+        average = recipe.average
+        self.ema = None if average is None else ExponentialMovingAverage(self.model, average)
         self.loss = Parallel(_Loss(self.model, perceptual, recipe, execution), ranks)
         self.scaler = loss_scaler(execution)
         self.order = DataOrder(len(data), recipe.seed)
@@ -260,7 +261,7 @@ class AutoencoderTask:
         for key in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[codes][key][dead] = 0.0
         if self.ema is not None:
-            self.ema.average["quantize.embedding.weight"][dead] = codes.detach()[dead].float()
+            self.ema.overwrite("quantize.embedding.weight", dead)
         return {"code_usage": used}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -314,6 +315,11 @@ class AutoencoderTask:
         rows = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (*images, *restored)]
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(rows, columns=count).save(path)
+
+    def save_snapshot(self, folder: Path, *, last: bool = False) -> None:
+        """Store the averages if the recipe says so at this step."""
+        if self.ema is not None:
+            save_if_due(self.ema, folder, last=last)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()

@@ -41,6 +41,7 @@ from mezzotint.training.parallel import Parallel, laid_out, load_whole, shard, w
 from mezzotint.training.previews import make_previews, preview_sheet, request_fields
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
+from mezzotint.training.snapshots import save_if_due
 
 __all__ = ["DiffusionTask"]
 
@@ -129,7 +130,7 @@ class DiffusionTask:
             own = recipe.conditioner_learning_rate or rate
             groups.append({"params": conditioner, "lr": own})
         self.optimizer = build_optimizer(groups, recipe.optimizer)
-        self.ema = ExponentialMovingAverage(self.trained, recipe.ema_decay)
+        self.ema = ExponentialMovingAverage(self.trained, recipe.average)
         self.order = DataOrder(len(data), recipe.seed)
         self.conditions = ConditionMaker(
             model,
@@ -304,6 +305,10 @@ class DiffusionTask:
         sheet = preview_sheet(previews, [item.image for item in drawn])
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
+
+    def save_snapshot(self, folder: Path, *, last: bool = False) -> None:
+        """Store the averages if the recipe says so at this step."""
+        save_if_due(self.ema, folder, last=last)
 
     def export(self, folder: Path) -> None:
         """Write the model with the averaged weights."""

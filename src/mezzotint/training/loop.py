@@ -52,6 +52,15 @@ class Task(Protocol):
         """Draw what the model can do now into a PNG."""
         ...
 
+    def save_snapshot(self, folder: Path, *, last: bool = False) -> None:
+        """Store the averages of the weights as they stand, if the recipe says so at this step.
+
+        Args:
+            folder: For all snapshots of the run.
+            last: Whether training is at its end.
+        """
+        ...
+
     def export(self, folder: Path) -> None:
         """Write the finished model."""
         ...
@@ -189,7 +198,10 @@ def run_loop(
             step += 1
             if step % run.log_steps == 0:
                 flush()
+            with clock.paused():
+                task.save_snapshot(folder / "ema")
     save()
+    task.save_snapshot(folder / "ema", last=True)
     task.export(folder / "model")
     task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
     log.event(f"done after {step:,} steps and {clock.seconds / 60:.1f} minutes: {folder / 'model'}")

@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mezzotint.errors import ConfigError
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.training.ema import whole
 from mezzotint.training.ranks import Ranks
 
-__all__ = ["Parallel", "laid_out", "load_whole", "shard", "whole_tensor", "whole_tensors"]
+__all__ = ["Parallel", "laid_out", "load_whole", "shard", "whole_tensors"]
 
 _OLD_NAME = "broadcast_buffers"  # until torch 2.12
 
@@ -37,7 +38,8 @@ class Parallel:
             # buffers are constants, or counts of each rank's own
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else _OLD_NAME
-            self._replica = DistributedDataParallel(module, **{name: False})
+            options: dict[str, Any] = {name: False}
+            self._replica = DistributedDataParallel(module, **options)
 
     def __call__(self, *inputs: Any) -> Any:
         """Call the module."""
@@ -73,23 +75,18 @@ def shard(model: LatentDiffusion) -> None:
         register_fsdp_forward_method(conditioner, "null")
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is, or gathered from all ranks, which must all ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the state of a module with every tensor whole; all ranks must ask for it."""
-    return {name: whole_tensor(tensor) for name, tensor in module.state_dict().items()}
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor as it is, or this rank's share of it if ``like`` is sharded."""
     if not isinstance(like, DTensor):
         return tensor
-    whole = tensor.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    there = tensor.to(like.device)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -155,8 +155,10 @@ def join_ranks(device: torch.device) -> Generator[Ranks]:
             " sets MASTER_ADDR and MASTER_PORT too"
         ) from error
     assert isinstance(control, dist.ProcessGroup)
+    joined = Ranks(rank, world, control)
     try:
-        yield Ranks(rank, world, control)
+        yield joined
+        joined.wait()  # until the first has written everything
     finally:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """A training run as one typed value: data, model, conditioning, loss, optimizer, budget."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,7 @@ from mezzotint.models.autoencoder import (
 from mezzotint.models.discriminator import PatchDiscriminatorConfig
 from mezzotint.models.perceptual import PerceptualConfig
 from mezzotint.models.unet import UNetConfig
+from mezzotint.training.ema import EMAConfig, WarmupEMAConfig
 
 __all__ = [
     "AdversarialConfig",
@@ -104,6 +105,13 @@ class RunConfig(Config):
 
 
 class _RecipeBase(Document):
+    """What both kinds of recipes say.
+
+    Attributes:
+        ema: The averages of the weights; the first is drawn from and exported.
+        ema_decay: Short for ``ema: {kind: warmup, decay: …}``; one of both at most.
+    """
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     seed: int = Field(default=0, ge=0)
@@ -115,6 +123,26 @@ class _RecipeBase(Document):
     optimizer: OptimizerConfig = OptimizerConfig()
     budget: BudgetConfig
     run: RunConfig = RunConfig()
+    ema: Annotated[EMAConfig | None, Field(discriminator="kind")] = None
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_average(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or cast("dict[str, Any]", data).get("ema") is None:
+            return cast(Any, data)
+        given = cast("dict[str, Any]", data)
+        if given.get("ema_decay") is not None:
+            raise ValueError(
+                "ema and ema_decay are both given, and ema_decay is short for"
+                " ema: {kind: warmup, decay: …}; leave one out, or set ema_decay to null"
+            )
+        return {**given, "ema_decay": None}
+
+    def _average(self) -> EMAConfig | None:
+        if self.ema is not None or self.ema_decay is None:
+            return self.ema
+        return WarmupEMAConfig(decay=self.ema_decay)
 
 
 class AdversarialConfig(Config):
@@ -172,7 +200,6 @@ class AutoencoderRecipe(_RecipeBase):
     kind: Literal["autoencoder"] = "autoencoder"
     model: Annotated[AutoencoderKLConfig | VQModelConfig, Field(discriminator="kind")]
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
-    ema_decay: float | None = Field(default=None, ge=0, lt=1)
     patch: int | None = Field(
         default=None, ge=1, description="train on random squares of so many pixels of each image"
     )
@@ -180,6 +207,11 @@ class AutoencoderRecipe(_RecipeBase):
         default="scalar",
         description="the paper's one scale factor, or mean and std per latent channel",
     )
+
+    @property
+    def average(self) -> EMAConfig | None:
+        """How the weights are averaged, if they are."""
+        return self._average()
 
     @model_validator(mode="after")
     def _fits(self) -> "AutoencoderRecipe":
@@ -262,7 +294,6 @@ class DiffusionRecipe(_RecipeBase):
         deviation: ``squared`` (paper, eq. 2) or ``absolute`` error of the prediction.
         latent_variants: Augmented views per image whose latents are computed once and kept; 0
             encodes every batch anew.
-        ema_decay: Decay of the average that is sampled from.
         conditioner_learning_rate: tau_theta's; the UNet's if left out.
         guidance_scale: Of the sample grids drawn while training.
     """
@@ -279,13 +310,22 @@ class DiffusionRecipe(_RecipeBase):
     weighting: Weighting = "simple"
     deviation: Deviation = "squared"
     latent_variants: int = Field(default=1, ge=0)
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    ema_decay: float | None = Field(default=0.9999, ge=0, lt=1)
     conditioner_learning_rate: float | None = Field(default=None, gt=0)
     guidance_scale: float = Field(default=3.0, ge=0)
     sample_steps: int = Field(default=25, ge=1)
 
+    @property
+    def average(self) -> EMAConfig:
+        """How the weights are averaged."""
+        average = self._average()
+        assert average is not None
+        return average
+
     @model_validator(mode="after")
     def _fits(self) -> "DiffusionRecipe":
+        if self.ema is None and self.ema_decay is None:
+            raise ValueError("one of ema and ema_decay is required: averages are drawn from")
         self._check_tokens()
         self._check_channels()
         if self.spatial_dropout and self.conditioning.kind != "hybrid":
