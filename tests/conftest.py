@@ -2,6 +2,7 @@
 
 import copy
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,11 @@ def class_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny class-conditional model."""
     recipe = tiny.diffusion(conditioning={"kind": "class", "width": 32})
     return tiny.train(recipe, tmp_path_factory.mktemp("class") / "run")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -4,7 +4,9 @@
 and set the same variables; the rest is torch's own.
 """
 
+import atexit
 import contextlib
+import functools
 import os
 from collections.abc import Generator, Sequence
 from datetime import timedelta
@@ -135,19 +137,27 @@ ALONE = Ranks()
 def join_ranks(device: torch.device) -> Generator[Ranks]:
     """Join the processes that were started with this one, for the length of a ``with`` block.
 
+    All leave it together, when the first has written everything; unless it ends by an error.
+
     Args:
         device: What this process computes on.
 
     Raises:
         TrainingError: If the others cannot be met.
     """
-    rank, world = ranks()
-    if world == 1:
+    if ranks()[1] == 1:
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    joined = _meet(device.type)
+    yield joined
+    joined.wait()
+
+
+@functools.cache  # processes that part and meet again may wait for one another for ever
+def _meet(kind: str) -> Ranks:
+    rank, world = ranks()
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
@@ -155,17 +165,13 @@ def join_ranks(device: torch.device) -> Generator[Ranks]:
             " sets MASTER_ADDR and MASTER_PORT too"
         ) from error
     assert isinstance(control, dist.ProcessGroup)
-    joined = Ranks(rank, world, control)
-    try:
-        yield joined
-        joined.wait()  # until the first has written everything
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
+    return Ranks(rank, world, control)
 
 
 def rank_device(device: torch.device) -> torch.device:
     """Return this process's own device: of CUDA devices that of its place on this machine."""
-    if device.type != "cuda" or device.index is not None or ranks()[1] == 1:
+    if str(device) != "cuda" or ranks()[1] == 1:
         return device
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(own)
