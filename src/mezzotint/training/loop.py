@@ -194,7 +194,8 @@ def run_loop(
                 with clock.paused():
                     task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
                 last_drawn = clock.seconds
-            log.collect(task.train_step(step, progress))
+            with ranks.told():
+                log.collect(task.train_step(step, progress))
             step += 1
             if step % run.log_steps == 0:
                 flush()

@@ -122,11 +122,13 @@ class Ranks:
         """Say in words what a ``with`` block raises where another process has ended."""
         try:
             yield
-        except RuntimeError as error:  # torch has no narrower one for a connection that was closed
-            reason = str(error).splitlines()[0]
+        except RuntimeError as error:
+            # of gloo's connections torch has no narrower error
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
             raise TrainingError(
-                f"rank {self.rank}: another process of this run has ended ({reason}); its own last"
-                " words say why. Start all again with --resume"
+                f"rank {self.rank}: another process of the run has ended or cannot be reached; its"
+                " own last words say why. Start all again with --resume"
             ) from error
 
 
