@@ -172,7 +172,7 @@ class DiffusionTask:
                 images.append(self.cache.moments[index, view])
                 told.append(self.conditions.of_view(index, view, generator))
             drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
-            times.append(draw_time(recipe.times, self.model.schedule, generator))
+            times.append(draw_time(recipe.times, model.schedule, generator))
             seeds.append(mix(recipe.seed, 0x701, position))
             chance = torch.rand(1, generator=keyed_generator(recipe.seed, 0x5DA, position))
             drop_spatial.append(bool(chance < recipe.spatial_dropout))
