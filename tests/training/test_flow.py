@@ -16,7 +16,9 @@ from mezzotint.diffusion.flow import FlowScheduleConfig
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.generation.guides import Guide
+from mezzotint.generation.metadata import write_image
 from mezzotint.generation.pipeline import Pipeline, load
+from mezzotint.generation.replay import replay
 from mezzotint.generation.sampling import to_images
 from mezzotint.training.checkpoint import newest_checkpoint
 from mezzotint.training.diffusion import DiffusionTask
@@ -104,7 +106,7 @@ def test_a_trained_flow_learns_its_data(tiny: Any, tmp_path: Path) -> None:
         optimizer={"learning_rate": 3e-3},
         ema_decay=0.9,
         batch_size=8,
-        budget={"max_steps": 150},
+        budget={"max_steps": 80},
     )
     run = tiny.train(recipe, tmp_path / "run")
     pipeline = load(run, precision="float32")
@@ -179,6 +181,12 @@ def test_what_is_known_is_held_in_inpainting(pipeline: Pipeline) -> None:
         kept = pixels(mask) == 0
         assert (pixels(drawn.image)[kept] == pixels(photograph())[kept]).all()
         assert (pixels(drawn.image)[~kept] != pixels(photograph())[~kept]).any()
+
+
+def test_a_picture_is_drawn_again_from_what_it_says(pipeline: Pipeline, tmp_path: Path) -> None:
+    drawn = pipeline.generate(**TEXT, sampler="heun", spacing="linspace")[0]
+    write_image(drawn.image, drawn.request, tmp_path / "a.png")
+    assert replay(tmp_path / "a.png").image.tobytes() == drawn.image.tobytes()
 
 
 def test_tiles_and_guides(pipeline: Pipeline) -> None:

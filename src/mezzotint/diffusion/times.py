@@ -25,7 +25,8 @@ class UniformTimesConfig(Config):
 class LogitNormalTimesConfig(Config):
     """Times in the middle more often (Esser et al., arXiv 2403.03206, section 3.1).
 
-    The time is the quantile u of the uniform times, with ``log(u / (1 - u))`` normal.
+    The time is the quantile u of the uniform times, with ``log(u / (1 - u))`` normal. Its density
+    vanishes at both ends, so that a network answers at the very last time as at those before it.
 
     Attributes:
         mean: Above 0 it is nearer to the noise, below 0 nearer to the image.
