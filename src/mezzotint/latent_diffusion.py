@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mezzotint.conditioning.base import Conditioner, Conditioning
 from mezzotint.diffusion.denoiser import Denoiser
-from mezzotint.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mezzotint.diffusion.flow import FlowScheduleConfig, build_schedule
+from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.errors import ConfigError, RequestError, short
 from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from mezzotint.models.regularizers import DiagonalGaussian
@@ -138,7 +139,7 @@ class LatentDiffusion(nn.Module):
         first_stage: FirstStage,
         unet: UNet,
         conditioner: Conditioner,
-        schedule: ScheduleConfig,
+        schedule: ScheduleConfig | FlowScheduleConfig,
         normalization: LatentNormalization,
         image_size: tuple[int, int],
     ) -> None:
@@ -162,7 +163,7 @@ class LatentDiffusion(nn.Module):
         self.unet = unet
         self.conditioner = conditioner
         self.schedule_config = schedule
-        self.schedule = NoiseSchedule(schedule)
+        self.schedule = build_schedule(schedule)
         self.normalization = normalization
         self.image_size = image_size
 
@@ -205,8 +206,8 @@ class LatentDiffusion(nn.Module):
         """Run the UNet: epsilon_theta(z_t, t, tau_theta(y)), paper eq. 3.
 
         Args:
-            x: ``(B, C, h, w)`` variance-preserving noisy latents.
-            timestep: ``(B,)`` in [0, T).
+            x: ``(B, C, h, w)`` noisy latents: variance-preserving, or on the path of a flow.
+            timestep: ``(B,)`` in [0, T), or [0, T] and fractional for a flow.
             cond: The conditions; ``concat`` is joined to ``x`` along the channels.
             guidance: ``(B,)`` scale of guidance, for networks that were distilled with it.
         """

@@ -30,6 +30,8 @@ from mezzotint.conditioning.spatial import (
     SemanticMapConditionerConfig,
 )
 from mezzotint.config import Config
+from mezzotint.diffusion.flow import FlowScheduleConfig
+from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.models.autoencoder import IdentityFirstStage, VQModelConfig
@@ -109,8 +111,10 @@ def describe(model: LatentDiffusion, scale_factor: float, path: Path) -> Describ
         path: Of the YAML file, for messages.
 
     Raises:
-        CheckpointError: If the layout has no place for its conditioner.
+        CheckpointError: If the layout has no place for its conditioner or its schedule.
     """
+    if isinstance(model.schedule_config, FlowScheduleConfig):
+        raise _no_place("rectified flow", path)
     main, spatial = _conditioners(model.conditioner)
     kinds = _kind(main, path), _kind(spatial, path)
     family = family_of_parts(*kinds)
@@ -227,6 +231,7 @@ def _model(
     scale_factor: float,
 ) -> dict[str, Any]:
     schedule, first_stage = model.schedule_config, model.first_stage.config
+    assert isinstance(schedule, ScheduleConfig)
     side = max(model.image_size) // model.first_stage.factor
     params: dict[str, Any] = {
         "linear_start": schedule.beta_start,

@@ -45,6 +45,7 @@ from mezzotint.checkpoints.text_encoders import (
     read_clip_config,
 )
 from mezzotint.conditioning.base import Unconditional
+from mezzotint.diffusion.flow import FlowScheduleConfig
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
@@ -75,7 +76,7 @@ class FolderReport:
     unexpected: list[str] = field(default_factory=list[str])
     problems: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
-    schedule: ScheduleConfig | None = None
+    schedule: ScheduleConfig | FlowScheduleConfig | None = None
     image_size: tuple[int, int] | None = None
     normalization: LatentNormalization | None = None
 

@@ -60,6 +60,7 @@ from mezzotint.conditioning.spatial import (
     LowResConditioner,
     LowResConditionerConfig,
 )
+from mezzotint.diffusion.flow import FlowScheduleConfig
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
@@ -365,6 +366,8 @@ def _misfit(model: LatentDiffusion, name: str) -> str | None:
     height, width = model.image_size
     needed = "UNet2DModel" if layout.encoder is None else "UNet2DConditionModel"
     stages = (AutoencoderKL,) if layout.first_stage == "vae" else (AutoencoderKL, VQModel)
+    if isinstance(model.schedule_config, FlowScheduleConfig):
+        return f"{name} scales the network's input by its scheduler, which that of a flow cannot"
     if config_to_layout(unet)["_class_name"] != needed:
         return f"{name} wants a UNet that {needed} can be"
     if unet.num_class_embeds is not None or unet.vector_dim is not None:

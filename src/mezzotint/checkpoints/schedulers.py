@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from mezzotint.checkpoints.flow_scheduler import FLOW_CLASS, read_flow, write_flow
 from mezzotint.checkpoints.folder import read_json
 from mezzotint.checkpoints.keys import fits, like
 from mezzotint.checkpoints.loaded import SamplingDefaults
+from mezzotint.diffusion.flow import FlowScheduleConfig
 from mezzotint.diffusion.names import DIFFUSERS
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.diffusion.schedule import ScheduleConfig, Spacing
@@ -186,7 +188,7 @@ class FoundScheduler:
         notes: Sentences on what is sampled otherwise.
     """
 
-    schedule: ScheduleConfig
+    schedule: ScheduleConfig | FlowScheduleConfig
     defaults: SamplingDefaults
     notes: tuple[str, ...] = ()
 
@@ -207,10 +209,13 @@ def read_scheduler(
     """
     data = read_json(path)
     name = name or str(data.get("_class_name"))
-    if name not in CLASSES:
-        raise CheckpointError(f"{path}: unknown scheduler {short(name)}; {nearest(name, CLASSES)}")
+    if name not in (*CLASSES, FLOW_CLASS):
+        near = nearest(name, (*CLASSES, FLOW_CLASS))
+        raise CheckpointError(f"{path}: unknown scheduler {short(name)}; {near}")
     unset = _unset(data, path)
     given = {key: value for key, value in data.items() if key not in unset}
+    if name == FLOW_CLASS:
+        return _found_flow(given, path)
     values = {key: given.get(key, default) for key, default in CLASSES[name].items()}
     if standard:
         values["steps_offset"] = 1
@@ -231,6 +236,16 @@ def read_scheduler(
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     return FoundScheduler(schedule=found, defaults=defaults, notes=notes)
+
+
+def _found_flow(given: Mapping[str, Any], path: Path) -> FoundScheduler:
+    flow, problems, notes = read_flow(given)
+    if flow is None:
+        raise CheckpointError(f"{path}: this {FLOW_CLASS} cannot be read: {'; '.join(problems)}")
+    followed = SamplingDefaults(sampler="euler", spacing="linspace")
+    return FoundScheduler(
+        schedule=flow, defaults=SamplingDefaults() if notes else followed, notes=notes
+    )
 
 
 def _unset(data: Mapping[str, Any], path: Path) -> set[str]:
@@ -300,7 +315,7 @@ def _sampling(name: str, values: Mapping[str, Any]) -> tuple[SamplingDefaults, t
 
 
 def write_scheduler(
-    schedule: ScheduleConfig,
+    schedule: ScheduleConfig | FlowScheduleConfig,
     defaults: SamplingDefaults | None = None,
     *,
     standard: bool = False,
@@ -322,6 +337,8 @@ def write_scheduler(
     """
     lost: list[str] = []
     wanted = defaults or SamplingDefaults()
+    if isinstance(schedule, FlowScheduleConfig):
+        return write_flow(schedule, wanted)
     sampler = wanted.sampler or "ddim"
     name = _class_of(sampler)
     lacks = None

@@ -343,7 +343,7 @@ def _markers(model: LatentDiffusion, described: Described) -> Iterator[Entry]:
         marks["scale_factor"] = torch.tensor(scale, dtype=torch.float64)
     if model.schedule_config.prediction_type == "v_prediction":
         marks["v_pred"] = torch.zeros(0)
-    if model.schedule_config.zero_terminal_snr:
+    if model.schedule.ends_in_noise:
         marks["ztsnr"] = torch.zeros(0)
     for name, tensor in marks.items():
         yield name, tensor.dtype, tuple(tensor.shape), tensor.clone

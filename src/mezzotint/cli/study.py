@@ -142,6 +142,58 @@ def conditions(
     print(write_report(output))
 
 
+@app.command()
+def objectives(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results and report; go on there.")
+    ] = Path("runs/study-objectives"),
+    work: Annotated[
+        Path, typer.Option(help="Folder for the training runs; a run that was stopped goes on.")
+    ] = Path("runs/study-objectives-work"),
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Objectives to do now. Default: all.")
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="N,…", help="A model of each objective is trained for each.")
+    ] = "0,1",
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 3000,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Of each training, in place of steps.")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=3, help="Held-out examples that are asked of each model.")
+    ] = 512,
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="A run of emoji-autoencoder. Default: train one.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a dotted key of every recipe."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing; write the report.")
+    ] = False,
+) -> None:
+    """Noise, velocity or flow: one recipe, trained to predict each, at equal compute."""
+    from mezzotint.studies.objectives import run_objectives_study, write_report
+
+    if not report_only:
+        run_objectives_study(
+            output,
+            work,
+            only=_list("only", only, str),
+            seeds=_list("seeds", seeds, int) or (),
+            steps=steps,
+            minutes=minutes,
+            pictures=pictures,
+            autoencoder=autoencoder,
+            overrides=overrides or (),
+            device=device,
+        )
+    print(write_report(output))
+
+
 def _list(name: str, text: str | None, kind: type[Any]) -> list[Any] | None:
     """What stands between commas."""
     from mezzotint.errors import ConfigError

@@ -6,26 +6,27 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mezzotint.diffusion.schedule import NoiseSchedule
+from mezzotint.diffusion.flow import Schedule
 
 __all__ = ["Denoiser", "Network"]
 
 C = TypeVar("C")
 Network = Callable[[Tensor, Tensor, C], Tensor]
-"""``network(x_vp (B,C,H,W), timestep (B,), cond)``: predicts noise, velocity or image."""
+"""``network(input (B,C,H,W), timestep (B,), cond)``: predicts noise, velocity or image."""
 
 
 class Denoiser(Generic[C]):
     """Any of the schedule's networks as an estimate of the clean image.
 
-    With ``c_in = 1 / sqrt(1 + sigma**2)`` the network F sees ``c_in * x`` and its training time,
-    and in its terms the estimate of the image is
+    With ``c_in = 1 / sqrt(1 + sigma**2)``, for a rectified flow ``1 / (1 + sigma)``, the network F
+    sees ``c_in * x`` and its training time, and in its terms the estimate of the image is
 
-    =============  ============================================
-    epsilon        ``x - sigma * F``
-    v_prediction   ``c_in**2 * x - sigma * c_in * F``
-    sample         ``F``
-    =============  ============================================
+    ===============  ============================================
+    epsilon          ``x - sigma * F``
+    v_prediction     ``c_in**2 * x - sigma * c_in * F``
+    sample           ``F``
+    flow_prediction  ``c_in * x - sigma * c_in * F``
+    ===============  ============================================
 
     Args:
         network: What was trained on the schedule.
@@ -35,7 +36,7 @@ class Denoiser(Generic[C]):
     """
 
     def __init__(
-        self, network: Network[C], schedule: NoiseSchedule, *, whole_times: bool = False
+        self, network: Network[C], schedule: Schedule, *, whole_times: bool = False
     ) -> None:
         self.network = network
         self.schedule = schedule
@@ -57,7 +58,7 @@ class Denoiser(Generic[C]):
         if self.whole_times:
             t = t.round()
         sigma = sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        c_in = (1 + sigma**2).rsqrt()
+        c_in = self.schedule.input_scale(sigma)
         output = self.network(c_in * x, t.float(), cond).to(x.dtype)
         match self.schedule.prediction_type:
             case "epsilon":
@@ -66,3 +67,5 @@ class Denoiser(Generic[C]):
                 return c_in**2 * x - sigma * c_in * output
             case "sample":
                 return output
+            case "flow_prediction":
+                return c_in * x - sigma * c_in * output

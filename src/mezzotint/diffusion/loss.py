@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mezzotint.device import widened
 from mezzotint.diffusion.denoiser import Network
-from mezzotint.diffusion.schedule import NoiseSchedule
+from mezzotint.diffusion.flow import Schedule
 
 __all__ = ["Deviation", "Weighting", "diffusion_loss", "loss_weight"]
 
@@ -15,15 +15,18 @@ Weighting = Literal["simple", "min_snr"]
 Deviation = Literal["squared", "absolute"]
 
 
-def loss_weight(
-    schedule: NoiseSchedule, t: Tensor, weighting: Weighting, gamma: float = 5.0
-) -> Tensor:
+def loss_weight(schedule: Schedule, t: Tensor, weighting: Weighting, gamma: float = 5.0) -> Tensor:
     """Return the weight of the squared error at each time.
 
     ``simple`` is 1, equation 14 of Ho et al. (arXiv 2006.11239). ``min_snr`` weighs the squared
     error of the *image* by min(SNR, gamma) (Hang et al., arXiv 2303.09556, section 3.4). A
-    network's own error is SNR times that for the noise and SNR + 1 times that for the velocity,
-    so for these the weight is divided by as much.
+    network's own error is SNR times that for the noise, SNR + 1 times that for the velocity and
+    (sqrt(SNR) + 1)**2 times that for a flow's, so for these the weight is divided by as much.
+
+    Where a schedule ends in noise alone, the weight of the last time would be 0, and the first
+    step of sampling never learned. There the image is weighed by min(SNR + 1, gamma): SNR + 1 is
+    the form that Salimans and Ho (arXiv 2202.00512, section 4) give SNR for this reason, and
+    Hang et al.'s code sets the weight to 1 at that time, as it is here for either velocity.
 
     Args:
         schedule: The noise schedule, which also says what the network predicts.
@@ -37,7 +40,7 @@ def loss_weight(
     snr = schedule.snr(t)
     if weighting == "simple":
         return snr.new_ones(snr.shape)
-    capped = snr.clamp(max=gamma)
+    capped = (snr + 1 if schedule.ends_in_noise else snr).clamp(max=gamma)
     match schedule.prediction_type:
         case "epsilon":
             return capped / snr
@@ -45,11 +48,13 @@ def loss_weight(
             return capped / (snr + 1)
         case "sample":
             return capped
+        case "flow_prediction":
+            return capped / (snr.sqrt() + 1) ** 2
 
 
 def diffusion_loss(
     network: Network[C],
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x0: Tensor,
     t: Tensor,
     noise: Tensor,
@@ -62,10 +67,10 @@ def diffusion_loss(
     """Return the weighted error of one prediction per sample (paper, eq. 2).
 
     Args:
-        network: ``(x_vp, t, cond) -> prediction``.
+        network: ``(input, t, cond) -> prediction``.
         schedule: The noise schedule, which also says what the network predicts.
         x0: ``(B, C, H, W)`` normalised latents or images.
-        t: ``(B,)`` integer times.
+        t: ``(B,)`` times, whole ones but for a flow.
         noise: Standard normal, of the shape of ``x0``.
         cond: What the network is told, as a batch of B.
         weighting: How times are weighed; see `loss_weight`.

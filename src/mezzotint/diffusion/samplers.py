@@ -12,8 +12,9 @@ from functools import partial
 
 from torch import Tensor
 
+from mezzotint.diffusion.flow import Schedule
 from mezzotint.diffusion.multistep import dpmpp_2m, lms, plms, unipc
-from mezzotint.diffusion.schedule import Grid, NoiseSchedule, Spacing
+from mezzotint.diffusion.schedule import Grid, Spacing
 from mezzotint.diffusion.single_step import (
     Callback,
     Denoise,
@@ -75,7 +76,7 @@ class SamplerInfo:
     stochastic: bool = False
     distilled: bool = False
 
-    def sigmas(self, schedule: NoiseSchedule, steps: int, spacing: Spacing | None = None) -> Tensor:
+    def sigmas(self, schedule: Schedule, steps: int, spacing: Spacing | None = None) -> Tensor:
         """Return the noise levels ``(steps + 1,)`` that this sampler visits.
 
         Raises:

@@ -18,12 +18,16 @@ from mezzotint.config import Config
 from mezzotint.errors import RequestError, nearest
 
 __all__ = [
+    "MAX_SIGMA",
     "SPACINGS",
     "Grid",
     "NoiseSchedule",
     "PredictionType",
     "ScheduleConfig",
     "Spacing",
+    "check_spacing",
+    "curve",
+    "unit_variance",
 ]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -38,6 +42,7 @@ class ScheduleConfig(Config):
     """What defines a noise schedule; the default is that of the latent diffusion paper.
 
     Attributes:
+        kind: May be left out, and is where it is written.
         beta_schedule: ``linear`` in beta (DDPM), ``scaled_linear``: linear in its square root
             (latent diffusion), or ``cosine`` (Nichol and Dhariwal, arXiv 2102.09672, equation 17).
         beta_start: Beta at the first time; unused by ``cosine``.
@@ -50,6 +55,7 @@ class ScheduleConfig(Config):
         set_alpha_to_one: Whether sampling ends at sigma 0, or at the first training time's sigma.
     """
 
+    kind: Literal["discrete"] = Field(default="discrete", exclude=True)
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
     beta_end: float = Field(default=0.012, gt=0, lt=1)
@@ -130,6 +136,11 @@ class NoiseSchedule:
         """What the network predicts."""
         return self.config.prediction_type
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing of the image is left at the last time."""
+        return self.config.zero_terminal_snr
+
     def t_to_sigma(self, t: Tensor) -> Tensor:
         """Return the noise level at training times, linear in log sigma between whole ones.
 
@@ -164,6 +175,14 @@ class NoiseSchedule:
         whole = t.round()
         return torch.where((t - whole).abs() < _SNAP, whole, t)
 
+    def quantile(self, u: float) -> int:
+        """Return the training time below which the share u of all times lies."""
+        return min(int(u * self.num_train_timesteps), self.num_train_timesteps - 1)
+
+    def draw_time(self, generator: torch.Generator) -> int:
+        """Draw a training time, each as likely as any other."""
+        return int(torch.randint(self.num_train_timesteps, (1,), generator=generator))
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Diffuse images to training times: the network's input, variance-preserving.
 
@@ -194,6 +213,10 @@ class NoiseSchedule:
         """Return the signal-to-noise ratio ``1 / sigma**2`` at times ``(B,)``, float32."""
         return self.t_to_sigma(t).pow(-2).float()
 
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        """Return what the samplers' state is multiplied by to be the network's input."""
+        return (1 + sigma**2).rsqrt()
+
     def sampling_sigmas(self, steps: int, spacing: Spacing, grid: Grid | None = None) -> Tensor:
         """Return the noise levels that sampling visits.
 
@@ -216,17 +239,9 @@ class NoiseSchedule:
             RequestError: If there is no such spacing or the number of steps is out of range.
         """
         grid = grid or Grid()
-        most = self.num_train_timesteps - grid.spare
-        if not 1 <= steps <= most:
-            raise RequestError(f"steps: must be from 1 to {most}, got {steps}")
-        if spacing not in SPACINGS:
-            raise RequestError(f"no spacing {spacing!r}; {nearest(spacing, SPACINGS)}")
-        if spacing == "karras":
-            first, last = (self.sigmas[i].item() ** (1 / 7) for i in (-1, 0))
-            sigmas = torch.linspace(first, last, steps, dtype=torch.float64) ** 7
-        elif spacing == "exponential":
-            first, last = (math.log(self.sigmas[i].item()) for i in (-1, 0))
-            sigmas = torch.linspace(first, last, steps, dtype=torch.float64).exp()
+        check_spacing(steps, self.num_train_timesteps - grid.spare, spacing)
+        if spacing in ("karras", "exponential"):
+            sigmas = curve(spacing, steps, self.sigmas[-1].item(), self.sigmas[0].item())
         elif spacing == "sgm_uniform":
             last_time = self.num_train_timesteps - 1
             sigmas = self.t_to_sigma(torch.linspace(last_time, 0, steps + 1, dtype=torch.float64))
@@ -240,12 +255,8 @@ class NoiseSchedule:
         return torch.cat([sigmas, end]).float()
 
     def start_scale(self, sigma: float | Tensor) -> float:
-        """Return what standard normal noise is multiplied by to start sampling at ``sigma``.
-
-        It is ``sqrt(1 + sigma**2)``: the network was trained on inputs of unit variance, so the
-        start has the variance of the noise and, in its place, of an image.
-        """
-        return math.sqrt(1 + float(sigma) ** 2)
+        """Return what standard normal noise is multiplied by to start sampling at ``sigma``."""
+        return unit_variance(sigma)
 
     def _times(self, steps: int, spacing: Spacing, grid: Grid) -> Tensor:
         total, laid = self.num_train_timesteps, steps + grid.spare
@@ -270,6 +281,32 @@ class NoiseSchedule:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._tables[device] = self.sigmas.log().to(dtype).to(device)
         return self._tables[device]
+
+
+def unit_variance(sigma: float | Tensor) -> float:
+    """Return ``sqrt(1 + sigma**2)``, the deviation of the samplers' state.
+
+    The network was trained on images under noise, so the start has the variance of the noise and,
+    in its place, of an image.
+    """
+    return math.sqrt(1 + float(sigma) ** 2)
+
+
+def check_spacing(steps: int, most: int, spacing: str) -> None:
+    """Raise a RequestError if there is no such spacing, or it has not so many steps."""
+    if not 1 <= steps <= most:
+        raise RequestError(f"steps: must be from 1 to {most}, got {steps}")
+    if spacing not in SPACINGS:
+        raise RequestError(f"no spacing {spacing!r}; {nearest(spacing, SPACINGS)}")
+
+
+def curve(
+    spacing: Literal["karras", "exponential"], steps: int, first: float, last: float
+) -> Tensor:
+    """Lay ``(steps,)`` float64 levels between two; see `NoiseSchedule.sampling_sigmas`."""
+    if spacing == "karras":
+        return torch.linspace(first ** (1 / 7), last ** (1 / 7), steps, dtype=torch.float64) ** 7
+    return torch.linspace(math.log(first), math.log(last), steps, dtype=torch.float64).exp()
 
 
 def _alphas_cumprod(config: ScheduleConfig) -> Tensor:

@@ -45,7 +45,12 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Return the class ``(B,)`` of images ``(B, 3, H, W)`` in -1..1."""
-        found: Tensor = self.head(image_features(load_features("mobilenet-v2"), images))
+        return self.of_features(image_features(load_features("mobilenet-v2"), images))
+
+    @torch.inference_mode()
+    def of_features(self, features: Tensor) -> Tensor:
+        """Return the class ``(B,)`` of images by their features ``(B, d)``."""
+        found: Tensor = self.head(features)
         return found.argmax(1)
 
 

@@ -17,6 +17,7 @@ from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.loss import diffusion_loss
+from mezzotint.diffusion.times import draw_time
 from mezzotint.errors import TrainingError
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.inputs import InputPictures
@@ -54,7 +55,7 @@ class _Batch:
     told: list[Told]
     drop: Tensor  # (B,) bool
     drop_spatial: Tensor  # (B,) bool
-    t: Tensor  # (B,) int64
+    t: Tensor  # (B,) int64; float32 for a flow
     seeds: list[int]
 
 
@@ -156,7 +157,7 @@ class DiffusionTask:
         told: list[Told] = []
         drop: list[bool] = []
         drop_spatial: list[bool] = []
-        times: list[int] = []
+        times: list[float] = []
         seeds: list[int] = []
         for position in positions_of(step, recipe.batch_size, recipe.accumulate, self.ranks):
             index = self.order.index(position)
@@ -171,9 +172,7 @@ class DiffusionTask:
                 images.append(self.cache.moments[index, view])
                 told.append(self.conditions.of_view(index, view, generator))
             drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
-            times.append(
-                int(torch.randint(len(model.schedule.alphas_cumprod), (1,), generator=generator))
-            )
+            times.append(draw_time(recipe.times, model.schedule, generator))
             seeds.append(mix(recipe.seed, 0x701, position))
             chance = torch.rand(1, generator=keyed_generator(recipe.seed, 0x5DA, position))
             drop_spatial.append(bool(chance < recipe.spatial_dropout))

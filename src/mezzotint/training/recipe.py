@@ -16,8 +16,10 @@ from mezzotint.config import Config, Document
 from mezzotint.data import DataConfig
 from mezzotint.data.degradation import DegradationConfig
 from mezzotint.data.masks import MaskConfig
+from mezzotint.diffusion.flow import AnyScheduleConfig
 from mezzotint.diffusion.loss import Deviation, Weighting
 from mezzotint.diffusion.schedule import ScheduleConfig
+from mezzotint.diffusion.times import TimesConfig, UniformTimesConfig
 from mezzotint.models.autoencoder import (
     AutoencoderKLConfig,
     IdentityFirstStageConfig,
@@ -289,7 +291,8 @@ class DiffusionRecipe(_RecipeBase):
             classifier-free guidance.
         spatial_dropout: The same for what a hybrid concatenates, which guidance never drops: so
             that the model can be compared with itself without it.
-        schedule: Noise schedule and what the network predicts.
+        schedule: Noise schedule and what the network predicts; ``kind: flow`` is a rectified flow.
+        times: How often each time is trained: ``uniform`` (paper, eq. 2) or ``logit_normal``.
         weighting: ``simple`` (paper, eq. 2) or ``min_snr``.
         deviation: ``squared`` (paper, eq. 2) or ``absolute`` error of the prediction.
         latent_variants: Augmented views per image whose latents are computed once and kept; 0
@@ -306,7 +309,8 @@ class DiffusionRecipe(_RecipeBase):
     masks: MaskConfig = MaskConfig()
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     spatial_dropout: float = Field(default=0.0, ge=0, lt=1)
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: AnyScheduleConfig = ScheduleConfig()
+    times: TimesConfig = UniformTimesConfig()
     weighting: Weighting = "simple"
     deviation: Deviation = "squared"
     latent_variants: int = Field(default=1, ge=0)

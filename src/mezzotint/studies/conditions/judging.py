@@ -22,7 +22,7 @@ from mezzotint.models.features import load_features
 from mezzotint.studies.conditions.measures import Judges
 from mezzotint.training.run import load_recipe
 
-__all__ = ["MANY", "SINGLE", "open_judges", "scenes_of"]
+__all__ = ["MANY", "SINGLE", "judge_singles", "open_judges", "scenes_of"]
 
 # recipes whose scenes the judges are trained for: one large object, or some smaller ones
 SINGLE, MANY = "emoji-class", "emoji-layout"
@@ -72,7 +72,7 @@ def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = Non
             )
             network.eval()
         return Judges(whole, part, segmenter, tensors["prototypes"])
-    judges = _train(single, many, on_progress)
+    judges = _train(many, on_progress)
     tensors = {"prototypes": judges.prototypes}
     for name in ("whole", "part", "segmenter"):
         state = getattr(judges, name).state_dict()
@@ -84,14 +84,19 @@ def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = Non
     return judges
 
 
-def _train(single: int, many: int, on_progress: Callable[[int, int], None] | None) -> Judges:
+def judge_singles() -> tuple[Classifier, Tensor]:
+    """Train the judge of single objects; with it the prototypes of their classes."""
     data = scenes_of(SINGLE, "train", _SINGLES, seed=1)
     examples = [data.load(k) for k in range(_SINGLES)]
     images = torch.stack([e.image for e in examples]).float() / 127.5 - 1.0
-    labels = torch.tensor([e.label for e in examples])
-    whole = train_classifier(images, labels, single)
+    labels, classes = torch.tensor([e.label for e in examples]), len(data.class_names)
+    whole = train_classifier(images, labels, classes)
     features = image_features(load_features("mobilenet-v2"), images)
-    prototypes = torch.stack([features[labels == k].mean(0) for k in range(single)])
+    return whole, torch.stack([features[labels == k].mean(0) for k in range(classes)])
+
+
+def _train(many: int, on_progress: Callable[[int, int], None] | None) -> Judges:
+    whole, prototypes = judge_singles()
     data = scenes_of(MANY, "train", _SCENES, seed=1)
     examples = [data.load(k) for k in range(_SCENES)]
     cut: list[Tensor] = []

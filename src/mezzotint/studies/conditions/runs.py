@@ -35,11 +35,12 @@ from mezzotint.studies.conditions.measures import (
 )
 from mezzotint.studies.conditions.results import ConditionResult, MeasuredGap, write_result
 from mezzotint.studies.machine import this_machine
+from mezzotint.studies.trainings import train_once
 from mezzotint.training.checkpoint import list_checkpoints, read_checkpoint
 from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.previews import condition_picture, request_fields
 from mezzotint.training.recipe import DiffusionRecipe
-from mezzotint.training.run import load_recipe, train
+from mezzotint.training.run import load_recipe
 
 __all__ = ["CONDITIONS", "GUIDED", "run_conditions_study"]
 
@@ -189,17 +190,8 @@ class _Runner:
         return run
 
     def _train(self, recipe: str, run: Path, overrides: list[str]) -> None:
-        last_written = ("vae/config.json", "model_index.json")
-        if any((run / "model" / name).is_file() for name in last_written):
-            return
-        shared = self.work / "latents"  # they go by content: models of the same scenes share them
-        shared.mkdir(parents=True, exist_ok=True)
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / "latents").exists():
-            (run / "latents").symlink_to(shared.resolve(), target_is_directory=True)
-        resume = (run / "recipe.yaml").is_file()
         overrides = [*self.common, *overrides]
-        train(recipe, overrides, run, resume=resume, device=self.device, console=self.console)
+        train_once(recipe, overrides, run, self.work / "latents", self.device, self.console)
 
     def _gap(self, measure: Measure, drawn: Tensor, null: Tensor, asked: Asked) -> MeasuredGap:
         real, ours, without = (
