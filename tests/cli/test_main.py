@@ -19,7 +19,16 @@ MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 SURFACE = {
     "demo": {"--output", "-o"},
-    "train": {"recipe", "--set", "--output", "-o", "--resume", "--device"},
+    "train": {
+        "recipe",
+        "--set",
+        "--output",
+        "-o",
+        "--resume",
+        "--stop-after",
+        "--verify-resume",
+        "--device",
+    },
     "sample": {
         "model",
         "prompts",

@@ -46,15 +46,16 @@ def train(
             f" {same.tensors:,} tensors of {same.numbers:,} numbers, bit for bit"
         )
         return
+    from mezzotint.evaluation.shards import ranks
     from mezzotint.training.run import train as run
 
-    print(
-        run(
-            recipe,
-            overrides=overrides or (),
-            output=output,
-            resume=resume,
-            device=device,
-            stop_after=stop_after,
-        )
+    folder = run(
+        recipe,
+        overrides=overrides or (),
+        output=output,
+        resume=resume,
+        device=device,
+        stop_after=stop_after,
     )
+    if ranks()[0] == 0:
+        print(folder)
