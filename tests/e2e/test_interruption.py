@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 
@@ -177,3 +179,33 @@ def test_a_truncated_checkpoint_is_passed_by_and_named(tiny, tmp_path):
     assert code == 0
     assert f"passed by a damaged checkpoint: {file}" in output
     assert f"going on from step {older.name.removeprefix('step-')}" in output
+
+
+def test_a_picture_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(tiny, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(6):
+        Image.new("RGB", (40, 40), (40 * k, 90, 200)).save(pictures / f"{k}.png")
+    recipe = tiny.write(
+        tmp_path / "recipe.yaml",
+        "autoencoder",
+        budget={"max_steps": 1_000_000},
+        run={"checkpoint_minutes": 1 / 600},
+    )
+    data = {"kind": "folder", "path": str(pictures), "resolution": 32, "cache_limit_mib": 0}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"data": data}))
+    run = tmp_path / "run"
+    process = start(recipe, run)
+    wait_for_checkpoint(run, process)
+    (pictures / "3.png").rename(tmp_path / "away.png")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "3.png" in errors
+    checkpoint, damaged = newest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None and damaged == []
+    (tmp_path / "away.png").rename(pictures / "3.png")
+    process = start(recipe, run, "--resume")
+    wait_for_checkpoint(run, process, newer_than=checkpoint.step)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert f"going on from step {checkpoint.step:,} " in output
