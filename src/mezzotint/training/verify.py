@@ -95,6 +95,7 @@ def _shorten(
     changed["budget"] = {"max_steps": before + after}
     changed["run"] |= {"checkpoint_minutes": 1e6, "sample_minutes": 1e6}
     if isinstance(recipe, DiffusionRecipe):
+        changed["sample_steps"] = 1
         stage = recipe.first_stage
         if isinstance(stage, TrainedFirstStage) and stage.recipe is not None:
             first = load_recipe(stage.recipe, ["budget.max_steps=2"])
