@@ -116,6 +116,15 @@ SURFACE = {
         "-o",
         "--compare",
     },
+    "data inspect": {"source", "--caption-column", "--class-column", "--json"},
+    "data pack": {
+        "source",
+        "--output",
+        "-o",
+        "--shard-size",
+        "--caption-column",
+        "--class-column",
+    },
     "study compression": {
         "--output",
         "-o",
@@ -198,8 +207,9 @@ def one_line(result: tuple[int, str, str]) -> str:
 
 def test_the_commands_and_their_flags() -> None:
     commands = dict(get_command(cli.app).commands)  # pyright: ignore
-    studies = commands.pop("study").commands
-    commands |= {f"study {name}": command for name, command in studies.items()}
+    for group in ("data", "study"):
+        parts = commands.pop(group).commands
+        commands |= {f"{group} {name}": command for name, command in parts.items()}
     surface = {
         name: {
             option
