@@ -116,6 +116,7 @@ SURFACE = {
         "-o",
         "--compare",
     },
+    "data cache": {"recipe", "--set", "--output", "-o", "--prune", "--device"},
     "data inspect": {"source", "--caption-column", "--class-column", "--json"},
     "data pack": {
         "source",

@@ -13,8 +13,10 @@ from mezzotint.data.buckets import BucketsConfig, bucket_sizes, nearest_bucket
 from mezzotint.errors import ConfigError
 
 
-@pytest.mark.parametrize(("resolution", "multiple", "most"), [(512, 64, 2.0), (1024, 64, 4.0),
-                                                              (64, 8, 3.0), (256, 256, 2.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("resolution", "multiple", "most"),
+    [(512, 64, 2.0), (1024, 64, 4.0), (64, 8, 3.0), (256, 256, 2.0)],
+)
 def test_sizes_have_about_one_area(resolution: int, multiple: int, most: float) -> None:
     sizes = bucket_sizes(resolution, BucketsConfig(multiple=multiple, max_ratio=most))
     assert (resolution, resolution) in sizes and len(set(sizes)) == len(sizes)

@@ -1,6 +1,8 @@
 """Shards read from beginning to end: the order, resumption, ranks, faults."""
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), SHARDS, EACH)
 
 
-def stream(urls: Path, seed: int = 3, **settings: object) -> ShardStream:
+def stream(
+    urls: Path, seed: int = 3, batch_size: int | None = None, **settings: object
+) -> ShardStream:
     values = {"urls": str(urls), "resolution": 16, "lanes": 4, "shuffle_buffer": 24, **settings}
-    return ShardStream(WebDatasetConfig.from_dict(values), seed)
+    return ShardStream(WebDatasetConfig.from_dict(values), seed, batch_size or values["lanes"])
 
 
-def numbers(data: ShardStream, positions: range) -> list[int]:
+def numbers(data: ShardStream, positions: Iterable[int]) -> list[int]:
     """Which pictures stand at positions; each one's colour is its number."""
     return [int(data.load(p).image[0, 0, 0]) for p in positions]
 
@@ -58,38 +62,60 @@ def test_the_order_is_shuffled_and_follows_the_seed(folder: Path) -> None:
     assert Counter(steps)[1] < 20  # unshuffled, nine of ten would be 1
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 4, 8])
+def shares(positions: range, batch_size: int, rank: int, world: int) -> list[int]:
+    """Those of a rank, as training deals them out."""
+    each = batch_size // world
+    return [p for p in positions if p % batch_size // each == rank]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 4, 24])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_one_order(folder: Path, lanes: int, world: int) -> None:
-    alone = numbers(stream(folder, lanes=lanes), range(72))
-    ranks = [numbers(stream(folder, lanes=lanes), range(r, 72, world)) for r in range(world)]
-    assert [ranks[p % world][p // world] for p in range(72)] == alone
+    def opened() -> ShardStream:
+        return stream(folder, lanes=lanes, batch_size=12)
+
+    alone = numbers(opened(), range(72))
+    found: dict[int, int] = {}
+    for rank in range(world):
+        places = shares(range(72), 12, rank, world)
+        found |= dict(zip(places, numbers(opened(), places), strict=True))
+    assert [found[p] for p in range(72)] == alone
 
 
-def test_a_rank_opens_its_own_lanes_alone(folder: Path) -> None:
-    data = stream(folder)
-    numbers(data, range(1, 60, 2))
-    assert [bool(lane._held) for lane in data._lanes] == [False, True, False, True]
+@pytest.mark.parametrize(
+    ("world", "own"),
+    [(2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (3, [[0, 1], [1, 2], [2, 3]])],
+)
+def test_a_rank_opens_the_lanes_of_its_share_alone(
+    folder: Path, world: int, own: list[list[int]]
+) -> None:
+    for rank in range(world):
+        data = stream(folder, batch_size=12)
+        numbers(data, shares(range(60), 12, rank, world))
+        assert [lane.number for lane in data._lanes if lane._held] == own[rank]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 3)])
-@pytest.mark.parametrize("position", [0, 1, 37, 60, 150])
+@pytest.mark.parametrize("position", [0, 12, 60, 156, 157])
 def test_resumed_equals_uninterrupted(folder: Path, before: int, after: int, position: int) -> None:
-    whole = numbers(stream(folder), range(position, position + 48))
+    def opened() -> ShardStream:
+        return stream(folder, batch_size=12)
+
+    whole = numbers(opened(), range(position, position + 48))
     states = []
     for rank in range(before):
-        data = stream(folder)
+        data = opened()
         # one batch was made ahead, as training does
-        numbers(data, range(rank, position + 8, before))
+        numbers(data, shares(range(position + 12), 12, rank, before))
         states.append(data.state(position))
     state = merge_states(states)
     found: dict[int, int] = {}
     for rank in range(after):
-        data = stream(folder)
-        data.load_state(state)
-        places = range(position + (rank - position) % after, position + 48, after)
+        data = opened()
+        data.load_state(json.loads(json.dumps(state)))
+        places = shares(range(position, position + 48), 12, rank, after)
         found |= dict(zip(places, numbers(data, places), strict=True))
-    assert [found[p] for p in sorted(found)] == whole
+    assert [found[p] for p in range(position, position + 48)] == whole
 
 
 def test_resuming_reads_no_more_than_a_block_of_each_lane(
@@ -159,6 +185,7 @@ def test_broken_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
             }
         ),
         0,
+        1,
         told.append,
     )
     found = Counter(numbers(data, range(190)))

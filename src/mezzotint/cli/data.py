@@ -91,6 +91,47 @@ def pack(
     print(f"{output}: {packed.images:,} images in {packed.shards:,} shards")
 
 
+@app.command()
+def cache(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a dotted key of the recipe."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run folder.", show_default=False)
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete latents of which this recipe uses nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Encode the images of a diffusion recipe once, before it is trained."""
+    import time
+
+    from mezzotint.cli.progress import progress
+    from mezzotint.evaluation.shards import ranks
+    from mezzotint.training.caching import cache_sentences
+    from mezzotint.training.precompute import precompute_latents
+
+    begun = time.monotonic()
+    with progress("views") as on_progress:
+        found = precompute_latents(recipe, overrides or (), output, device, on_progress)
+    if ranks()[0] > 0:
+        return  # the first speaks for all
+    for sentence in cache_sentences(found):
+        print(sentence)
+    if found.report.encoded:
+        print(f"{found.report.encoded / (time.monotonic() - begun):,.1f} views a second")
+    if prune:
+        freed = sum(path.stat().st_size for path in found.unused)
+        for path in found.unused:
+            path.unlink()
+        print(f"{len(found.unused):,} shards deleted, {freed / 2**20:,.2f} MiB")
+
+
 def _config(source: str, captions: str | None, classes: str | None) -> "AnyDataConfig":
     """The data of a recipe, or what a path stands for."""
     from mezzotint.data.sources import source_config

@@ -231,12 +231,8 @@ class CaptionedImages:
         return nearest_bucket(*self._files.sizes[index], self.bucket_sizes)
 
     def content(self, index: int) -> str:
-        """Return a hash of all that the pixels of an image's views depend on, but for a generator.
-
-        It is that of the bytes of the file and of how they are seen.
-        """
-        seen = json.dumps(self._view_settings(), sort_keys=True)
-        return hashlib.sha256(self._files.digests[index] + seen.encode()).hexdigest()
+        """Return a hash of the image's bytes and of how they are seen; see `ContentAddressed`."""
+        return self._files.content(index, self._view_settings())
 
     def _size(self, index: int) -> tuple[int, int]:
         if not self.bucket_sizes:

@@ -2,9 +2,10 @@
 
 import difflib
 import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -166,6 +167,16 @@ class ImageFiles:
         self.digests = [self.digests[k] for k in indices]
         if self._kept is not None:
             self._kept = [self._kept[k] for k in indices]
+
+    def content(self, index: int, seen: Mapping[str, object]) -> str:
+        """Return a hash of a file's bytes.
+
+        Args:
+            index: Of the file.
+            seen: How it is seen, which is part of the hash.
+        """
+        told = json.dumps(seen, sort_keys=True)
+        return hashlib.sha256(self.digests[index] + told.encode()).hexdigest()
 
     def pixels(self, index: int) -> Pixels:
         """Return what ``decode`` gave for a file: ``(H, W, 3)`` or ``(H, W)`` uint8.

@@ -2,14 +2,14 @@
 
 The order of a stream is that of its *lanes*. The shards of epoch after epoch, each epoch in an
 order of its own, are dealt to the lanes in turn, as cards are; each lane reads its shards one after
-the other, and shuffles what it reads in blocks. Position p of the order is sample p div L of lane
-p mod L. So
+the other, and shuffles what it reads in blocks. Of every batch of B samples, the first B / L are
+the next of lane 0, those that follow are of lane 1, and so on, whatever epoch a lane is in. So
 
-- the order depends on seed, shards, buffer and lanes, and not on the number of ranks: a run that
-  goes on with another number of them goes on with the next sample;
-- a rank reads the lanes of its own positions alone: with a batch that W ranks share, rank r asks
-  for the positions r, r + W, r + 2 W, … and, where W divides L, opens every W-th lane. Otherwise
-  it reads more lanes than it uses, and is slower but not wrong;
+- the order depends on seed, shards, buffer, lanes and batch size, and not on the number of ranks: a
+  run that goes on with another number of them goes on with the next sample;
+- a rank reads the lanes of its own share of the batch alone. Where W ranks share L lanes evenly,
+  each opens L / W of them, and no shard is read twice; otherwise a lane between two shares is read
+  by both ranks;
 - memory holds two blocks of each lane at most, however many samples there are;
 - to resume, it is enough to know where the current block of each lane begins. Without that, the
   shards are read again from the first, which gives the same samples.
@@ -117,6 +117,7 @@ class ShardStream:
     Args:
         config: Which shards, and how their images are seen.
         seed: Of the order.
+        batch_size: B, of all ranks together; L is its largest divisor up to ``lanes``.
         on_fault: Called with every fault that is named.
 
     Attributes:
@@ -128,9 +129,13 @@ class ShardStream:
     """
 
     def __init__(
-        self, config: WebDatasetConfig, seed: int, on_fault: Callable[[Fault], None] | None = None
+        self,
+        config: WebDatasetConfig,
+        seed: int,
+        batch_size: int,
+        on_fault: Callable[[Fault], None] | None = None,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.batch_size = config, seed, batch_size
         self.shards = find_shards(config.urls)
         self.class_names = config.classes
         self.faults: list[Fault] = []
@@ -141,8 +146,11 @@ class ShardStream:
         self._numbers = {name: number for number, name in enumerate(config.classes or ())}
         self._counting = threading.Lock()
         self._order = lru_cache(maxsize=4)(self._permute)
-        size = config.shuffle_buffer // config.lanes
-        self._lanes = [_Lane(self, k, size) for k in range(config.lanes)]
+        most = min(config.lanes, batch_size)
+        lanes = next(count for count in range(most, 0, -1) if batch_size % count == 0)
+        self._share = batch_size // lanes  # of the batch, for each lane
+        size = config.shuffle_buffer // lanes
+        self._lanes = [_Lane(self, k, lanes, size) for k in range(lanes)]
 
     def load(self, position: int, generator: torch.Generator | None = None) -> Example:
         """Return the sample at a position; see `StreamData.load`.
@@ -188,9 +196,10 @@ class ShardStream:
     def state(self, position: int) -> dict[str, Any]:
         """Return where the blocks begin that hold a position; see `StreamData.state`."""
         marks: list[list[int]] = []
+        batch, place = divmod(position, self.batch_size)
         for lane in self._lanes:
-            first = -(-(position - lane.number) // len(self._lanes))
-            mark = lane.mark(lane.block_of(max(0, first))[0])
+            into = min(max(place - lane.number * self._share, 0), self._share)
+            mark = lane.mark(lane.block_of(batch * self._share + into)[0])
             if mark is not None:
                 marks.append([lane.number, *mark])
         return {"stream": self.fingerprint, "position": position, "marks": marks}
@@ -199,8 +208,9 @@ class ShardStream:
         """Take what `state` gave; see `StreamData.load_state`."""
         if state["stream"] != self.fingerprint:
             raise DataError(
-                f"{self.config.urls}: these are not the shards, or not the seed, view, buffer or"
-                " lanes, with which this run began; put them back as they were, or start anew"
+                f"{self.config.urls}: these are not the shards, or not the seed, view, buffer,"
+                " lanes or batch size, with which this run began; put them back as they were, or"
+                " start anew"
             )
         for number, *mark in state["marks"]:
             self._lanes[number].start(_Mark(*mark))
@@ -246,9 +256,10 @@ class ShardStream:
 
     def _find(self, position: int) -> tuple[list[Sample], int]:
         """The block that holds a position, and the place in it."""
-        n, number = divmod(position, len(self._lanes))
+        batch, place = divmod(position, self.batch_size)
+        number, place = divmod(place, self._share)
         lane = self._lanes[number]
-        block, place = lane.block_of(n)
+        block, place = lane.block_of(batch * self._share + place)
         return lane.read(block), place
 
     def _describe(self, sample: Sample) -> Description:
@@ -274,17 +285,17 @@ class ShardStream:
     def _fingerprint(self) -> str:
         settings = self.config.model_dump(exclude={"urls", "cache_limit_mib", "max_broken"})
         sizes = [None if "://" in place else Path(place).stat().st_size for place in self.shards]
-        content = [[shard_name(place) for place in self.shards], sizes, settings, self.seed]
+        names = [shard_name(place) for place in self.shards]
+        content = [names, sizes, settings, self.seed, self.batch_size]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Lane:
     """Every L-th shard of epoch after epoch, read in blocks that are shuffled."""
 
-    def __init__(self, stream: ShardStream, number: int, size: int) -> None:
+    def __init__(self, stream: ShardStream, number: int, lanes: int, size: int) -> None:
         self.number = number
-        self._stream, self._size = stream, size
-        lanes = stream.config.lanes
+        self._stream, self._lanes, self._size = stream, lanes, size
         self._first = -(-size * (number + 1) // lanes)  # lanes don't all read at once
         self._marks: deque[_Mark] = deque([_Mark(0, number, 0)], maxlen=_MARKS)
         self._held: dict[int, list[Sample]] = {}
@@ -352,7 +363,7 @@ class _Lane:
                 if sample is not None:
                     empty = 0
                     yield sample, turn, read
-            turn, skip = turn + self._stream.config.lanes, 0
+            turn, skip = turn + self._lanes, 0
         raise DataError(f"{self._stream.config.urls}: no sample in {shards} shards is of use")
 
 

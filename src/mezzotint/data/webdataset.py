@@ -26,8 +26,8 @@ class WebDatasetConfig(CaptionedConfig):
         stream: Whether training reads the shards from beginning to end, in constant memory; if
             not, they are on the disk and uncompressed, and every image is opened at the start.
         shuffle_buffer: Encoded images that a stream holds, out of which it shuffles.
-        lanes: Shards that a stream reads side by side. Training reads least with a multiple of
-            the number of ranks; the order of the samples depends on it, but not on the ranks.
+        lanes: Shards that a stream reads side by side, at most. A multiple of the number of ranks
+            is best; the order of the samples depends on it, but not on the ranks.
     """
 
     kind: Literal["webdataset"] = "webdataset"

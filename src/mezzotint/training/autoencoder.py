@@ -22,7 +22,7 @@ from mezzotint.models.perceptual import build_perceptual
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.adversary import Adversary
-from mezzotint.training.batches import Batches, DataOrder
+from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.ema import ExponentialMovingAverage
 from mezzotint.training.optimizer import (
@@ -32,6 +32,7 @@ from mezzotint.training.optimizer import (
     loss_scaler,
     use_channels_last,
 )
+from mezzotint.training.orders import build_order
 from mezzotint.training.parallel import Parallel
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import AutoencoderRecipe
@@ -159,7 +160,7 @@ class AutoencoderTask:
         self.ema = None if average is None else ExponentialMovingAverage(self.model, average)
         self.loss = Parallel(_Loss(self.model, perceptual, recipe, execution), ranks)
         self.scaler = loss_scaler(execution)
-        self.order = DataOrder(len(data), recipe.seed)
+        self.order = build_order(data, recipe.batch_size, recipe.seed)
         self.batches = Batches(self._make_batch)
 
     @property

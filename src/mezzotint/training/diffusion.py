@@ -27,7 +27,7 @@ from mezzotint.models.autoencoder import AutoencoderKL
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.autoencoder import to_pixels
-from mezzotint.training.batches import Batches, DataOrder
+from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.ema import ExponentialMovingAverage
@@ -38,6 +38,7 @@ from mezzotint.training.optimizer import (
     loss_scaler,
     use_channels_last,
 )
+from mezzotint.training.orders import build_order
 from mezzotint.training.parallel import Parallel, laid_out, load_whole, shard, whole_tensors
 from mezzotint.training.previews import make_previews, preview_sheet, request_fields
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
@@ -51,7 +52,7 @@ _PREVIEWS = 16
 
 @dataclass(frozen=True)
 class _Batch:
-    latents: Tensor  # (B, C', h, w) moments if cached, else uint8 images (B, 3, H, W)
+    latents: list[Tensor]  # moments (C', h, w) if cached, else uint8 images (3, H, W)
     told: list[Told]
     drop: Tensor  # (B,) bool
     drop_spatial: Tensor  # (B,) bool
@@ -132,7 +133,7 @@ class DiffusionTask:
             groups.append({"params": conditioner, "lr": own})
         self.optimizer = build_optimizer(groups, recipe.optimizer)
         self.ema = ExponentialMovingAverage(self.trained, recipe.average)
-        self.order = DataOrder(len(data), recipe.seed)
+        self.order = build_order(data, recipe.batch_size, recipe.seed)
         self.conditions = ConditionMaker(
             model,
             data,
@@ -167,9 +168,8 @@ class DiffusionTask:
                 images.append(example.image)
                 told.append(self.conditions.of_example(example, generator))
             else:
-                views = self.cache.moments.shape[1]
-                view = int(torch.randint(views, (1,), generator=generator))
-                images.append(self.cache.moments[index, view])
+                view = int(torch.randint(self.cache.views, (1,), generator=generator))
+                images.append(self.cache.moments(index, view))
                 told.append(self.conditions.of_view(index, view, generator))
             drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
             times.append(draw_time(recipe.times, model.schedule, generator))
@@ -177,7 +177,7 @@ class DiffusionTask:
             chance = torch.rand(1, generator=keyed_generator(recipe.seed, 0x5DA, position))
             drop_spatial.append(bool(chance < recipe.spatial_dropout))
         return _Batch(
-            latents=torch.stack(images),
+            latents=images,
             told=told,
             drop=torch.tensor(drop),
             drop_spatial=torch.tensor(drop_spatial),
@@ -185,9 +185,10 @@ class DiffusionTask:
             seeds=seeds,
         )
 
-    def _latents(self, batch: Tensor, seeds: list[int]) -> Tensor:
+    def _latents(self, images: list[Tensor], seeds: list[int]) -> Tensor:
         """Normalised latents: posterior samples for KL, the latent itself for the others."""
         first_stage, execution = self.model.first_stage, self.execution
+        batch = torch.stack(images)  # one part is of one size, whatever that of the next
         if self.cache is None:
             pixels = to_pixels(batch, execution.device).to(execution.weights)
             with torch.no_grad():

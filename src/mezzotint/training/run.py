@@ -24,7 +24,7 @@ from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
 from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
 from mezzotint.data import ImageData, open_data
-from mezzotint.data.latents import LatentCache, build_latent_cache
+from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
 from mezzotint.errors import ConfigError, TrainingError, nearest
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
@@ -32,6 +32,7 @@ from mezzotint.models.autoencoder import IdentityFirstStage
 from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
 from mezzotint.training.autoencoder import AutoencoderTask
+from mezzotint.training.caching import cache_sentences, open_latent_cache
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
@@ -40,7 +41,7 @@ from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
 
-__all__ = ["load_recipe", "recipe_names", "train"]
+__all__ = ["load_recipe", "recipe_names", "stored_first_stage", "train"]
 
 _KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe]] = {
     "autoencoder": AutoencoderRecipe,
@@ -255,23 +256,18 @@ def _diffusion_task(
     first_stage, normalization = _first_stage(recipe, folder, setting, log)
     first_stage = first_stage.to(execution.device)
     _check_factor(recipe, first_stage.factor)
+    _check_buckets(recipe, first_stage.factor)
     _check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder, ranks)
     cache: LatentCache | None = None
     if recipe.latent_variants:
         log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
-        for turn in (ranks.is_first, not ranks.is_first):  # the others read what the first wrote
-            if turn:
-                cache = build_latent_cache(
-                    data,
-                    first_stage,
-                    variants=recipe.latent_variants,
-                    seed=recipe.seed,
-                    folder=folder / "latents",
-                    device=execution.device,
-                )
-            ranks.wait()
+        cache = open_latent_cache(
+            recipe, data, first_stage, normalization, folder, execution.device, ranks
+        )
+        for sentence in cache_sentences(cache):
+            log.event(sentence)
     torch.manual_seed(mix(recipe.seed, 0x1217))
     model = LatentDiffusion(
         first_stage,
@@ -292,6 +288,16 @@ def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
         )
 
 
+def _check_buckets(recipe: DiffusionRecipe, factor: int) -> None:
+    buckets = getattr(recipe.data, "buckets", None)
+    needed = factor * 2 ** (len(recipe.unet.block_out_channels) - 1)
+    if buckets is not None and buckets.multiple % needed:
+        raise ConfigError(
+            f"data.buckets.multiple {buckets.multiple} is not divisible by {needed}: the first"
+            f" stage's f = {factor} times what the UNet halves"
+        )
+
+
 def _check_map(recipe: DiffusionRecipe, factor: int) -> None:
     spatial = spatial_config(recipe.conditioning)
     if isinstance(spatial, SemanticMapConditionerConfig) and 2**spatial.stages != factor:
@@ -305,6 +311,35 @@ def _first_stage(
     recipe: DiffusionRecipe, folder: Path, setting: _Setting, log: RunLog
 ) -> tuple[FirstStage, LatentNormalization]:
     """Load the first stage with the statistics of its latents; train it first if need be."""
+    found = stored_first_stage(recipe, folder)
+    if found is not None:
+        return found
+    config = recipe.first_stage
+    assert isinstance(config, TrainedFirstStage) and config.recipe is not None
+    stage = folder / "first_stage"
+    first = load_recipe(config.recipe)
+    if not isinstance(first, AutoencoderRecipe):
+        raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
+    _check_factor(recipe, first.model.factor)
+    log.event(f"training the first stage by its own recipe, {config.recipe}")
+    resume = setting.resume and (stage / "recipe.yaml").is_file()
+    _train(first, stage, replace(setting, resume=resume))
+    setting.ranks.wait()  # for the first, which writes it
+    return load_first_stage(stage / "model" / "vae")
+
+
+def stored_first_stage(
+    recipe: DiffusionRecipe, folder: Path
+) -> tuple[FirstStage, LatentNormalization] | None:
+    """Load the first stage with the statistics of its latents, if it is trained already.
+
+    Args:
+        recipe: Says which.
+        folder: The run folder, in which it is if it has a recipe of its own.
+
+    Raises:
+        ConfigError: If the recipe gives a path and there is none.
+    """
     config = recipe.first_stage
     if not isinstance(config, TrainedFirstStage):
         return IdentityFirstStage(config), LatentNormalization.from_scale_factor(1.0)
@@ -317,18 +352,8 @@ def _first_stage(
             f"first_stage.path: {path}: no autoencoder here; expected a finished autoencoder run,"
             " a model folder or a component folder with config.json"
         )
-    assert config.recipe is not None
-    stage = folder / "first_stage"
-    if not (stage / "model" / "vae" / "config.json").is_file():
-        first = load_recipe(config.recipe)
-        if not isinstance(first, AutoencoderRecipe):
-            raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
-        _check_factor(recipe, first.model.factor)
-        log.event(f"training the first stage by its own recipe, {config.recipe}")
-        resume = setting.resume and (stage / "recipe.yaml").is_file()
-        _train(first, stage, replace(setting, resume=resume))
-        setting.ranks.wait()  # for the first, which writes it
-    return load_first_stage(stage / "model" / "vae")
+    stage = folder / "first_stage" / "model" / "vae"
+    return load_first_stage(stage) if (stage / "config.json").is_file() else None
 
 
 def _conditioner(
