@@ -121,6 +121,7 @@ class ShardStream:
         on_fault: Called with every fault that is named.
 
     Attributes:
+        on_fault: See above; from whichever thread reads.
         seen: Samples that were read or asked for.
         broken: Those among them that are of no use.
 
@@ -141,7 +142,7 @@ class ShardStream:
         self.faults: list[Fault] = []
         self.seen = self.broken = 0
         self.fingerprint = self._fingerprint()
-        self._on_fault = on_fault
+        self.on_fault = on_fault
         self._named: set[str] = set()
         self._numbers = {name: number for number, name in enumerate(config.classes or ())}
         self._counting = threading.Lock()
@@ -245,8 +246,8 @@ class ShardStream:
                 self._named.add(fault.name)
                 self.faults.append(fault)
             seen, broken, allowed = self.seen, self.broken, self.config.max_broken
-        if new and self._on_fault is not None:
-            self._on_fault(fault)
+        if new and self.on_fault is not None:
+            self.on_fault(fault)
         if broken > allowed * max(seen, _FIRST):
             named = ", ".join(f"{f.name} ({f.reason})" for f in self.faults[:3])
             raise DataError(
@@ -336,8 +337,6 @@ class _Lane:
 
     def _read_next(self, source: Iterator[tuple[Sample, int, int]]) -> None:
         mark = self._next
-        if mark not in self._marks:
-            self._marks.append(mark)
         samples: list[Sample] = []
         turn, read = mark.turn, mark.sample
         for _ in range(self._size if mark.block else self._first):
@@ -350,6 +349,8 @@ class _Lane:
             del self._held[next(iter(self._held))]
         self._held[mark.block] = [samples[k] for k in order]
         self._next = _Mark(mark.block + 1, turn, read)
+        if self._next not in self._marks:
+            self._marks.append(self._next)
 
     def _samples(self, turn: int, skip: int) -> Iterator[tuple[Sample, int, int]]:
         """Samples of use without an end, each with the turn and how many of its shard are read."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mezzotint.checkpoints.model import save_model
 from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.conditioning.spatial import HybridConditioner
-from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.loss import diffusion_loss
@@ -38,7 +37,12 @@ from mezzotint.training.optimizer import (
     loss_scaler,
     use_channels_last,
 )
-from mezzotint.training.orders import build_order
+from mezzotint.training.orders import (
+    TrainingData,
+    build_order,
+    load_stream_state,
+    stream_state,
+)
 from mezzotint.training.parallel import Parallel, laid_out, load_whole, shard, whole_tensors
 from mezzotint.training.previews import make_previews, preview_sheet, request_fields
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
@@ -105,7 +109,7 @@ class DiffusionTask:
         self,
         recipe: DiffusionRecipe,
         model: LatentDiffusion,
-        data: ImageData,
+        data: TrainingData,
         cache: LatentCache | None,
         execution: Execution,
         ranks: Ranks = ALONE,
@@ -146,6 +150,7 @@ class DiffusionTask:
         )
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
+        self.steps = 0
 
     @property
     def images_per_step(self) -> int:
@@ -216,6 +221,7 @@ class DiffusionTask:
         norm = apply_gradients(self.optimizer, recipe.optimizer, factor, self.scaler)
         self.scaler.update()
         self.ema.update()
+        self.steps = step + 1
         rate = recipe.optimizer.learning_rate * factor
         return {"loss": total, "gradient_norm": norm, "learning_rate": rate}
 
@@ -237,7 +243,9 @@ class DiffusionTask:
             "ema": self.ema.state_dict(),
             "optimizer": flatten_optimizer(self.optimizer),
         }
-        return tensors, {"inputs": self.inputs, "scaler": self.scaler.state_dict()}
+        position = self.steps * self.images_per_step
+        values = {"inputs": self.inputs, "scaler": self.scaler.state_dict()}
+        return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Take back what `state` gave.
@@ -256,6 +264,8 @@ class DiffusionTask:
                     f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
                     " back as they were, or start anew with another --output"
                 )
+        self.steps = checkpoint.step
+        load_stream_state(self.data, checkpoint.values)
         tensors = checkpoint.tensors
         load_whole(self.trained, tensors["weights"])
         averages = self.ema.state_dict()
@@ -319,7 +329,7 @@ class DiffusionTask:
                 save_model(model, folder)
 
 
-def _inputs(model: LatentDiffusion, data: ImageData) -> dict[str, Any]:
+def _inputs(model: LatentDiffusion, data: TrainingData) -> dict[str, Any]:
     """What the weights are trained on: with anything else they are worth nothing."""
     tensors = [
         *model.first_stage.state_dict().items(),

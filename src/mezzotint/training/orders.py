@@ -1,20 +1,39 @@
-"""Orders of the data beside `DataOrder`, each a pure function of (seed, position)."""
+"""What a run is trained on, and in which order: a pure function of (seed, position)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from mezzotint.data import AnyDataConfig, ShardStream, WebDatasetConfig, open_data
 from mezzotint.data.base import ImageData
 from mezzotint.data.captioned import CaptionedImages
+from mezzotint.data.stream import merge_states
 from mezzotint.errors import DataError
 from mezzotint.rng import keyed_generator
 from mezzotint.training.batches import DataOrder
+from mezzotint.training.ranks import Ranks
 
-__all__ = ["BucketOrder", "ClassBalancedOrder", "Order", "StreamOrder", "build_order"]
+__all__ = [
+    "BucketOrder",
+    "ClassBalancedOrder",
+    "Order",
+    "StreamOrder",
+    "TrainingData",
+    "build_order",
+    "drawn",
+    "epoch_length",
+    "load_stream_state",
+    "open_training_data",
+    "spread",
+    "stream_state",
+]
+
+TrainingData = ImageData | ShardStream
 
 _CLASSES, _IMAGES, _BUCKET, _BATCHES = 0xC1A5, 0xC1A6, 0xB0C4, 0xB0C5  # keys of random numbers
+_STREAM_EPOCH = 50_000  # samples after which something is done that is done once an epoch
 
 
 class Order(Protocol):
@@ -111,7 +130,7 @@ class BucketOrder:
         return [index for number in numbers for index in batches[number]]
 
 
-def build_order(data: ImageData, batch_size: int, seed: int) -> Order:
+def build_order(data: TrainingData, batch_size: int, seed: int) -> Order:
     """Return the order that data's configuration asks for.
 
     Args:
@@ -122,6 +141,8 @@ def build_order(data: ImageData, batch_size: int, seed: int) -> Order:
     Raises:
         DataError: If classes are to be balanced and an image has none.
     """
+    if isinstance(data, ShardStream):
+        return StreamOrder()
     if isinstance(data, CaptionedImages) and data.bucket_sizes:
         return BucketOrder([data.bucket(k) for k in range(len(data))], batch_size, seed)
     if isinstance(data, CaptionedImages) and data.config.balance == "class":
@@ -133,3 +154,65 @@ def build_order(data: ImageData, batch_size: int, seed: int) -> Order:
             labels.append(label)
         return ClassBalancedOrder(labels, seed)
     return DataOrder(len(data), seed)
+
+
+def open_training_data(config: AnyDataConfig, seed: int, batch_size: int) -> TrainingData:
+    """Open data by an index, or as a stream if their configuration says so.
+
+    Args:
+        config: Any.
+        seed: The recipe's seed.
+        batch_size: Samples of one forward pass, of all ranks together.
+
+    Raises:
+        MezzotintError: As `open_data` raises.
+    """
+    if isinstance(config, WebDatasetConfig) and config.stream:
+        return ShardStream(config, seed, batch_size)
+    return open_data(config)
+
+
+def epoch_length(data: TrainingData) -> int:
+    """Return the number of images in an epoch; that of a stream is a convention."""
+    return _STREAM_EPOCH if isinstance(data, ShardStream) else len(data)
+
+
+def spread(data: TrainingData, count: int) -> list[int]:
+    """Return so many indices, evenly from the data, or fewer if there are fewer.
+
+    A folder's first images are all of one class; a stream's are shuffled.
+    """
+    if isinstance(data, ShardStream):
+        return list(range(count))
+    count = min(count, len(data))
+    return [k * len(data) // count for k in range(count)]
+
+
+def drawn(data: TrainingData, count: int, seed: int) -> list[int]:
+    """Return so many indices by chance, or all if there are fewer; the first of a stream."""
+    if isinstance(data, ShardStream):
+        return list(range(count))
+    return torch.randperm(len(data), generator=keyed_generator(seed)).tolist()[:count]
+
+
+def stream_state(data: TrainingData, position: int, ranks: Ranks) -> dict[str, Any]:
+    """Return what a checkpoint says of a stream: the same on all ranks; nothing of other data.
+
+    Args:
+        data: What is trained on.
+        position: The next that the run will ask for.
+        ranks: This process among the others.
+    """
+    if not isinstance(data, ShardStream):
+        return {}
+    return {"stream": merge_states(ranks.gather_values(data.state(position)))}
+
+
+def load_stream_state(data: TrainingData, values: Mapping[str, Any]) -> None:
+    """Take what `stream_state` gave, of any number of ranks.
+
+    Raises:
+        DataError: If the stream is another.
+    """
+    if isinstance(data, ShardStream) and "stream" in values:
+        data.load_state(values["stream"])

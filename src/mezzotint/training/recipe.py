@@ -342,6 +342,11 @@ class DiffusionRecipe(_RecipeBase):
             raise ValueError("one of ema and ema_decay is required: averages are drawn from")
         self._check_tokens()
         self._check_channels()
+        if getattr(self.data, "stream", False) and self.latent_variants:
+            raise ValueError(
+                "latent_variants: a stream has no index to keep latents by; set it to 0, or"
+                " data.stream to false"
+            )
         spatial = spatial_config(self.conditioning)
         if getattr(self.data, "buckets", None) is not None and spatial is not None:
             raise ValueError(

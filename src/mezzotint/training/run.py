@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mezzotint.conditioning.build import (
 from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
 from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
-from mezzotint.data import ImageData, open_data
+from mezzotint.data import Fault, ShardStream
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
 from mezzotint.errors import ConfigError, TrainingError, nearest
@@ -38,6 +39,7 @@ from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
+from mezzotint.training.orders import TrainingData, open_training_data
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
 
@@ -47,6 +49,7 @@ _KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe]] = {
     "autoencoder": AutoencoderRecipe,
     "diffusion": DiffusionRecipe,
 }
+_STREAM_CAPTIONS = 100_000  # from which a vocabulary is learned
 # what may differ between a run and its continuation without making it another run
 _CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
 
@@ -147,7 +150,7 @@ def _execution(precision: str, device: torch.device) -> Execution:
 def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | None = None) -> None:
     execution, ranks = setting.execution, setting.ranks
     _check_share(recipe, ranks)
-    data = open_data(recipe.data)
+    data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
     if ranks.is_first:
         _claim(folder, recipe, setting.resume)
     ranks.wait()
@@ -159,11 +162,15 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
         if ranks.several:
             shared = "shared by" if recipe.run.sharding else "on each of"
             log.event(f"{ranks.world} processes; the weights are {shared} them")
-        log.event(f"{len(data):,} images")
+        if isinstance(data, ShardStream):
+            log.event(f"a stream of {len(data.shards):,} shards")
+            data.on_fault = partial(_tell_fault, log)
+        else:
+            log.event(f"{len(data):,} images")
         if data.faults:
             log.event(f"{len(data.faults):,} broken images are skipped")
         for fault in data.faults:
-            log.event(f"skipped {fault.name}: {fault.reason}")
+            _tell_fault(log, fault)
         if isinstance(recipe, AutoencoderRecipe):
             task: Task = AutoencoderTask(recipe, data, execution, ranks)
         else:
@@ -190,6 +197,10 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
     finally:
         if log is not None:
             log.close()
+
+
+def _tell_fault(log: RunLog, fault: Fault) -> None:
+    log.event(f"skipped {fault.name}: {fault.reason}")
 
 
 def _check_share(recipe: Recipe, ranks: Ranks) -> None:
@@ -249,7 +260,7 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
 
 
 def _diffusion_task(
-    recipe: DiffusionRecipe, data: ImageData, folder: Path, setting: _Setting, log: RunLog
+    recipe: DiffusionRecipe, data: TrainingData, folder: Path, setting: _Setting, log: RunLog
 ) -> DiffusionTask:
     execution, ranks = setting.execution, setting.ranks
     check_data(data, recipe.conditioning)
@@ -261,7 +272,7 @@ def _diffusion_task(
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder, ranks)
     cache: LatentCache | None = None
-    if recipe.latent_variants:
+    if recipe.latent_variants and not isinstance(data, ShardStream):
         log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
         cache = open_latent_cache(
             recipe, data, first_stage, normalization, folder, execution.device, ranks
@@ -357,7 +368,7 @@ def stored_first_stage(
 
 
 def _conditioner(
-    recipe: DiffusionRecipe, data: ImageData, folder: Path, ranks: Ranks
+    recipe: DiffusionRecipe, data: TrainingData, folder: Path, ranks: Ranks
 ) -> Conditioner:
     torch.manual_seed(mix(recipe.seed, 0xC0D))
     config = with_class_names(recipe.conditioning, data.class_names)
@@ -370,12 +381,14 @@ def _conditioner(
     return build_conditioner(config, tokenizer)
 
 
-def _train_tokenizer(data: ImageData, vocab_size: int, path: Path) -> None:
+def _train_tokenizer(data: TrainingData, vocab_size: int, path: Path) -> None:
     """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
     if path.is_file():
         return
-    captions = {data.describe(k).caption or "" for k in range(len(data))}
-    for k in range(len(data)):
+    stream = isinstance(data, ShardStream)
+    captions = set(data.captions(_STREAM_CAPTIONS)) if stream else set[str]()
+    for k in range(0 if stream else len(data)):
+        captions.add(data.describe(k).caption or "")
         for variant in range(8):
             generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
             captions.add(data.describe(k, generator).caption or "")
