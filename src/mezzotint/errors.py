@@ -26,6 +26,7 @@ __all__ = [
     "RequestError",
     "TrainingError",
     "nearest",
+    "printable",
     "short",
 ]
 
@@ -78,6 +79,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Choose from: {', '.join(choices)}"
+
+
+def printable(text: str) -> str:
+    """Return text of a stranger's file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _whole(x: int, level: int) -> str:

@@ -116,6 +116,16 @@ SURFACE = {
         "-o",
         "--compare",
     },
+    "data cache": {"recipe", "--set", "--output", "-o", "--prune", "--device"},
+    "data inspect": {"source", "--caption-column", "--class-column", "--json"},
+    "data pack": {
+        "source",
+        "--output",
+        "-o",
+        "--shard-size",
+        "--caption-column",
+        "--class-column",
+    },
     "study compression": {
         "--output",
         "-o",
@@ -198,8 +208,9 @@ def one_line(result: tuple[int, str, str]) -> str:
 
 def test_the_commands_and_their_flags() -> None:
     commands = dict(get_command(cli.app).commands)  # pyright: ignore
-    studies = commands.pop("study").commands
-    commands |= {f"study {name}": command for name, command in studies.items()}
+    for group in ("data", "study"):
+        parts = commands.pop(group).commands
+        commands |= {f"{group} {name}": command for name, command in parts.items()}
     surface = {
         name: {
             option

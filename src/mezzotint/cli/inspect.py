@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mezzotint.cli.loading import ConfigOption, FamilyOption, PredictionOption
+from mezzotint.errors import printable
 
 if TYPE_CHECKING:
     from mezzotint.checkpoints.inspect import Inspection
@@ -63,14 +64,14 @@ def _say(found: "Inspection") -> None:
         ("unexpected", found.unexpected),
     ):
         rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        told = ", ".join(_printable(name) for name in names[:_SHOWN]) or "none"
+        told = ", ".join(printable(name) for name in names[:_SHOWN]) or "none"
         print(f"{label:11} {told}{rest}")
     for label, sentences in (("problem", found.problems), ("note", found.notes)):
         for sentence in sentences:
-            print(f"{label:11} {_printable(sentence)}")
+            print(f"{label:11} {printable(sentence)}")
     for name, value in found.metadata.items():
         short = value if len(value) <= 160 else f"{value[:157]}…"
-        print(f"metadata    {_printable(name)}: {_printable(short)}")
+        print(f"metadata    {printable(name)}: {printable(short)}")
     if found.sha256 is not None:
         print(f"sha256      {found.sha256}")
         print(f"short hash  {found.short_hash}")
@@ -80,11 +81,6 @@ def _of_averages(found: "Inspection") -> str:
     if found.averages_alone:
         return "averaged weights alone, which are taken for the UNet"
     return "averaged weights beside the own" if found.averaged else "none"
-
-
-def _printable(text: str) -> str:
-    """Text of a stranger's file, without what a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _say_picture(path: Path, as_json: bool) -> None:

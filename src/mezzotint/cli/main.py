@@ -10,6 +10,7 @@ import typer
 import mezzotint
 from mezzotint.cli.average import average
 from mezzotint.cli.convert import convert
+from mezzotint.cli.data import app as data
 from mezzotint.cli.demo import demo
 from mezzotint.cli.doctor import doctor
 from mezzotint.cli.evaluate import evaluate
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for command in (demo, train, sample, replay, evaluate, inspect, convert, average, doctor):
     app.command()(command)
+app.add_typer(data, name="data")
 app.add_typer(study, name="study")
 
 

@@ -10,6 +10,9 @@ from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.data.images import FolderData, FolderDataConfig
 from mezzotint.data.maps import MapFolderData, MapFolderDataConfig
 from mezzotint.data.scenes import ScenesData, ScenesDataConfig
+from mezzotint.data.stream import ShardStream, StreamData
+from mezzotint.data.tables import HubDataConfig, ParquetDataConfig, TableData
+from mezzotint.data.webdataset import ShardData, WebDatasetConfig
 
 __all__ = [
     "CocoData",
@@ -22,16 +25,30 @@ __all__ = [
     "Fault",
     "FolderData",
     "FolderDataConfig",
+    "HubDataConfig",
     "ImageData",
     "MapFolderData",
     "MapFolderDataConfig",
+    "ParquetDataConfig",
     "ScenesData",
     "ScenesDataConfig",
+    "ShardData",
+    "ShardStream",
+    "StreamData",
+    "TableData",
+    "WebDatasetConfig",
     "open_data",
 ]
 
 AnyDataConfig = (
-    EmojiDataConfig | FolderDataConfig | ScenesDataConfig | CocoDataConfig | MapFolderDataConfig
+    EmojiDataConfig
+    | FolderDataConfig
+    | ParquetDataConfig
+    | HubDataConfig
+    | WebDatasetConfig
+    | ScenesDataConfig
+    | CocoDataConfig
+    | MapFolderDataConfig
 )
 DataConfig = Annotated[AnyDataConfig, Field(discriminator="kind")]
 
@@ -39,10 +56,13 @@ DataConfig = Annotated[AnyDataConfig, Field(discriminator="kind")]
 def open_data(config: AnyDataConfig) -> ImageData:
     """Open the data set that a configuration describes.
 
+    Shards are given an index, whether or not training would stream them; for that, see
+    `ShardStream`.
+
     Raises:
         ConfigError: If the configuration chooses nothing, or what isn't there.
         DataError: If the data are missing or too many files are broken.
-        MissingExtraError: If a folder is asked for without the extra ``train``.
+        MissingExtraError: If a folder or a table is asked for without the extra ``train``.
     """
     match config:
         case EmojiDataConfig():
@@ -53,5 +73,9 @@ def open_data(config: AnyDataConfig) -> ImageData:
             return CocoData(config)
         case MapFolderDataConfig():
             return MapFolderData(config)
+        case ParquetDataConfig() | HubDataConfig():
+            return TableData(config)
+        case WebDatasetConfig():
+            return ShardData(config)
         case FolderDataConfig():
             return FolderData(config)

@@ -1,14 +1,14 @@
 """What a data set gives: one example by its index, and nothing that depends on an order."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mezzotint.conditioning.base import Box
 
-__all__ = ["Description", "Example", "Fault", "ImageData"]
+__all__ = ["ContentAddressed", "Description", "Example", "Fault", "ImageData"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +90,18 @@ class ImageData(Protocol):
                 None gives the plain ones.
             with_map: Whether to draw the map, if the data have maps; it costs about what the
                 picture would.
+        """
+        ...
+
+
+@runtime_checkable
+class ContentAddressed(Protocol):
+    """A data set that knows what each picture is made from, whatever stands beside it."""
+
+    def content(self, index: int) -> str:
+        """Return a hash of all that the pixels of an image's views depend on, but for a generator.
+
+        Args:
+            index: From 0 to ``len - 1``.
         """
         ...

@@ -148,6 +148,12 @@ class CocoData:
         view, caption = self._choose(index, generator)
         return Description(caption, None, boxes=self._seen(index, view))
 
+    def content(self, index: int) -> str:
+        """Return a hash of the image's bytes and of its view; see `ContentAddressed`."""
+        return self._files.content(
+            index, self.config.model_dump(include={"resolution", "crop", "flip"})
+        )
+
     def _choose(self, index: int, generator: torch.Generator | None) -> tuple[View, str | None]:
         side = self.config.resolution
         square = self.config.crop == "center"

@@ -1,6 +1,7 @@
 """Image files of any kind to 8-bit RGB pixels, upright and at a resolution; maps to classes."""
 
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ __all__ = [
     "Pixels",
     "decode_image",
     "decode_map",
+    "decode_to_cover",
     "frame_size",
     "read_image",
 ]
@@ -59,17 +61,54 @@ def read_image(content: bytes, resolution: int, square: bool) -> Pixels:
 
 def decode_image(content: bytes, resolution: int, square: bool) -> DecodedImage:
     """Decode an image file; see `read_image`."""
+
+    def frame(width: int, height: int) -> tuple[int, int]:
+        return (resolution, resolution) if square else frame_size(width, height, resolution)
+
+    return _decode(content, frame, square)
+
+
+def decode_to_cover(
+    content: bytes, size_of: Callable[[int, int], tuple[int, int]], exact: bool
+) -> DecodedImage:
+    """Decode an image file and shrink or stretch it until it just covers a size, antialiased.
+
+    Args:
+        content: The bytes of the file.
+        size_of: From the picture's width and height, upright, to the width and height to cover.
+        exact: Whether to cut off what juts out on two sides.
+
+    Raises:
+        ValueError: If its pixels have no known range, as floating-point ones.
+        OSError: If it is damaged, or no image. Decoders may raise others.
+    """
+
+    def frame(width: int, height: int) -> tuple[int, int]:
+        wide, high = size_of(width, height)
+        if exact:
+            return wide, high
+        scale = max(wide / width, high / height)
+        return max(wide, round(width * scale)), max(high, round(height * scale))
+
+    return _decode(content, frame, exact)
+
+
+def _decode(
+    content: bytes, frame: Callable[[int, int], tuple[int, int]], crop: bool
+) -> DecodedImage:
+    """Decode to the size of a frame: the central part of its proportions, or all."""
     with Image.open(io.BytesIO(content)) as picture:
         stored = picture.size
-        short = min(stored)
-        if short >= 4 * resolution:
-            # JPEG can decode at a fraction of its size; half of it stays for the antialiasing
-            factor = short // (2 * resolution)
-            picture.draft(None, (picture.width // factor, picture.height // factor))
         turned = picture.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
+        width, height = stored[::-1] if turned else stored
+        wide, high = frame(width, height)
+        # JPEG can decode at a fraction of its size; half of it stays for the antialiasing
+        factor = min(width // (2 * wide), height // (2 * high))
+        if factor >= 2:
+            picture.draft(None, (picture.width // factor, picture.height // factor))
         upright = _to_rgb(ImageOps.exif_transpose(picture))
-    seen = _resize(upright, resolution, square, Image.Resampling.LANCZOS)
-    return DecodedImage(np.asarray(seen), *(stored[::-1] if turned else stored))
+    seen = _resize(upright, (wide, high), crop, Image.Resampling.LANCZOS)
+    return DecodedImage(np.asarray(seen), width, height)
 
 
 def decode_map(
@@ -101,7 +140,8 @@ def decode_map(
         wrong = values[~known] if not known.all() else values[table[values] < 0]
         raise ValueError(f"has the value {int(wrong[0])}, which is no class")
     classes = Image.fromarray(table[values].astype(np.uint8))
-    seen = _resize(classes, resolution, square, Image.Resampling.NEAREST)
+    size = (resolution, resolution) if square else frame_size(width, height, resolution)
+    seen = _resize(classes, size, square, Image.Resampling.NEAREST)
     return DecodedImage(np.asarray(seen), width, height)
 
 
@@ -120,15 +160,15 @@ def frame_size(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def _resize(
-    picture: Image.Image, resolution: int, square: bool, how: Image.Resampling
+    picture: Image.Image, size: tuple[int, int], crop: bool, how: Image.Resampling
 ) -> Image.Image:
-    width, height = picture.size
-    if not square:
-        return picture.resize(frame_size(width, height, resolution), how)
-    short = min(width, height)
-    left, top = (width - short) / 2, (height - short) / 2
-    box = (left, top, left + short, top + short)
-    return picture.resize((resolution, resolution), how, box=box)
+    """Bring a picture, or the largest central part of a size's proportions, to the size."""
+    if not crop:
+        return picture.resize(size, how)
+    (width, height), (wide, high) = picture.size, size
+    scale = min(width / wide, height / high)
+    left, top = max(0.0, width - wide * scale) / 2, max(0.0, height - high * scale) / 2
+    return picture.resize(size, how, box=(left, top, width - left, height - top))
 
 
 def _class_values(picture: Image.Image) -> npt.NDArray[np.int32]:

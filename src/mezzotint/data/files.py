@@ -1,13 +1,14 @@
-"""Image files of a user, decoded once and seen as squares: what data sets of files share."""
+"""Stored images of a user, decoded once and cut to a view: what data sets of files share."""
 
 import difflib
 import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from mezzotint.errors import DataError
 __all__ = [
     "ImageFile",
     "ImageFiles",
+    "Stored",
     "View",
     "check_faults",
     "choose_view",
     "cut",
     "existing_folder",
+    "missing_path",
     "one_line",
     "seen_share",
 ]
@@ -42,20 +45,43 @@ def existing_folder(path: str) -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
         reason = "is a file, not a folder" if root.is_file() else "no such folder"
-        raise DataError(f"{root}: {reason}{_what_is_there(root)}")
+        raise DataError(f"{root}: {reason}{missing_path(root)}")
     return root
 
 
-def _what_is_there(missing: Path) -> str:
-    """A clause that names the nearest sibling of a path that doesn't exist."""
+def missing_path(missing: Path, *, files: bool = False) -> str:
+    """Return a clause that names the nearest sibling of a path that doesn't exist.
+
+    Args:
+        missing: The path.
+        files: Whether it may be a file.
+    """
     place = missing.absolute()
     while not place.parent.is_dir():
         place = place.parent
-    folders = [p.name for p in place.parent.iterdir() if p.is_dir()]
-    close = difflib.get_close_matches(place.name, folders, n=1, cutoff=0.5)
+    names = [p.name for p in place.parent.iterdir() if files or p.is_dir()]
+    close = difflib.get_close_matches(place.name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {place.parent / close[0]}?"
     return f"; {place.parent} is the nearest that exists"
+
+
+class Stored(Protocol):
+    """An image whose bytes can be read any number of times: a file, a row, a part of a shard."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it, inside its data set."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Where it is."""
+        ...
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file; from several threads at once."""
+        ...
 
 
 class ImageFile(NamedTuple):
@@ -63,6 +89,15 @@ class ImageFile(NamedTuple):
 
     path: Path
     name: str
+
+    @property
+    def place(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def read(self) -> bytes:
+        """Return the bytes of the file."""
+        return self.path.read_bytes()
 
 
 class ImageFiles:
@@ -80,12 +115,13 @@ class ImageFiles:
         whole: The positions in ``files`` of those that are whole; other indices count only these.
         sizes: Width and height of each as it was stored, upright.
         faults: The others, and why.
-        digest: Hash of the bytes of the whole ones.
+        digests: SHA-256 of the bytes of each.
+        digest: Hash of the bytes of all.
     """
 
     def __init__(
         self,
-        files: Sequence[ImageFile],
+        files: Sequence[Stored],
         decode: Callable[[bytes], DecodedImage],
         limit_mib: float,
     ) -> None:
@@ -93,10 +129,10 @@ class ImageFiles:
         self.sizes: list[tuple[int, int]] = []
         self.faults: list[Fault] = []
         self._decode = decode
-        self._files: list[ImageFile] = []
+        self._files: list[Stored] = []
         self._kept: list[Pixels] | None = []
+        self.digests: list[bytes] = []
         room = limit_mib * 2**20
-        content = hashlib.sha256()
         for position, (file, result) in enumerate(
             zip(files, _in_threads(files, decode), strict=True)
         ):
@@ -106,13 +142,14 @@ class ImageFiles:
             self.whole.append(position)
             self._files.append(file)
             self.sizes.append((result.image.width, result.image.height))
-            content.update(result.digest)
+            self.digests.append(result.digest)
             room -= result.image.pixels.nbytes
             if room < 0:
                 self._kept = None
             if self._kept is not None:
                 self._kept.append(result.image.pixels)
-        self.digest = content.hexdigest()
+        # of all that were whole, whatever is selected of them
+        self.digest = hashlib.sha256(b"".join(self.digests)).hexdigest()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -127,8 +164,19 @@ class ImageFiles:
         self.whole = [self.whole[k] for k in indices]
         self.sizes = [self.sizes[k] for k in indices]
         self._files = [self._files[k] for k in indices]
+        self.digests = [self.digests[k] for k in indices]
         if self._kept is not None:
             self._kept = [self._kept[k] for k in indices]
+
+    def content(self, index: int, seen: Mapping[str, object]) -> str:
+        """Return a hash of a file's bytes.
+
+        Args:
+            index: Of the file.
+            seen: How it is seen, which is part of the hash.
+        """
+        told = json.dumps(seen, sort_keys=True)
+        return hashlib.sha256(self.digests[index] + told.encode()).hexdigest()
 
     def pixels(self, index: int) -> Pixels:
         """Return what ``decode`` gave for a file: ``(H, W, 3)`` or ``(H, W)`` uint8.
@@ -141,43 +189,48 @@ class ImageFiles:
         file = self._files[index]
         result = _read(file, self._decode)
         if isinstance(result, str):
-            raise DataError(f"{file.path}: {result}; it was whole when the folder was opened")
+            raise DataError(f"{file.place}: {result}; it was whole when the data were opened")
         return result.image.pixels
 
 
 class View(NamedTuple):
-    """Which square of decoded pixels is seen, and whether mirrored."""
+    """Which part of decoded pixels is seen, and whether mirrored."""
 
     top: int
     left: int
-    side: int
+    height: int
+    width: int
     mirrored: bool
 
 
 def choose_view(
-    height: int, width: int, side: int, flip: bool, generator: torch.Generator | None
+    height: int,
+    width: int,
+    size: int | tuple[int, int],
+    flip: bool,
+    generator: torch.Generator | None,
 ) -> View:
-    """Choose a square of a picture.
+    """Choose a part of a picture.
 
     Args:
         height: Of the decoded pixels.
         width: Of the decoded pixels.
-        side: Of the square.
+        size: Side of a square, or height and width.
         flip: Whether it may be mirrored.
-        generator: Decides the view by three draws; without one it is the central square.
+        generator: Decides the view by three draws; without one it is the central part.
     """
-    down, right = height - side, width - side
+    high, wide = (size, size) if isinstance(size, int) else size
+    down, right = height - high, width - wide
     if generator is None:
-        return View(down // 2, right // 2, side, mirrored=False)
+        return View(down // 2, right // 2, high, wide, mirrored=False)
     draws: list[float] = torch.rand(3, generator=generator).tolist()
-    return View(
-        int(draws[0] * (down + 1)), int(draws[1] * (right + 1)), side, flip and draws[2] < 0.5
-    )
+    top, left = int(draws[0] * (down + 1)), int(draws[1] * (right + 1))
+    return View(top, left, high, wide, flip and draws[2] < 0.5)
 
 
 def cut(pixels: Pixels, view: View) -> Tensor:
-    """Return a view as a tensor: ``(3, side, side)`` of a picture, ``(side, side)`` of a map."""
-    seen = pixels[view.top : view.top + view.side, view.left : view.left + view.side]
+    """Return a view as a tensor: ``(3, h, w)`` of a picture, ``(h, w)`` of a map."""
+    seen = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     if view.mirrored:
         seen = seen[:, ::-1]
     channels_first = np.moveaxis(seen, -1, 0) if seen.ndim == 3 else seen
@@ -200,14 +253,14 @@ def seen_share(
         Left, top, width and height of that part, as shares of the picture's width and height.
 
     Example:
-        >>> seen_share(200, 100, View(0, 0, 64, mirrored=False), square=True)
+        >>> seen_share(200, 100, View(0, 0, 64, 64, mirrored=False), square=True)
         (0.25, 0.0, 0.5, 1.0)
     """
     if square:
         short = min(width, height)
         return (1 - short / width) / 2, (1 - short / height) / 2, short / width, short / height
-    wide, high = frame_size(width, height, view.side)
-    return view.left / wide, view.top / high, view.side / wide, view.side / high
+    wide, high = frame_size(width, height, view.height)
+    return view.left / wide, view.top / high, view.width / wide, view.height / high
 
 
 def check_faults(
@@ -249,7 +302,7 @@ class _Read(NamedTuple):
 
 
 def _in_threads(
-    files: Sequence[ImageFile], decode: Callable[[bytes], DecodedImage]
+    files: Sequence[Stored], decode: Callable[[bytes], DecodedImage]
 ) -> Iterator["_Read | str"]:
     # Pillow warns of untidy metadata in pictures that it reads well; the filter is the process's,
     # so it is set here once and not in the threads
@@ -260,10 +313,10 @@ def _in_threads(
             yield from pool.map(lambda file: _read(file, decode), part)
 
 
-def _read(file: ImageFile, decode: Callable[[bytes], DecodedImage]) -> "_Read | str":
+def _read(file: Stored, decode: Callable[[bytes], DecodedImage]) -> "_Read | str":
     """The pixels of a file, or why there are none."""
     try:
-        content = file.path.read_bytes()
+        content = file.read()
         return _Read(decode(content), hashlib.sha256(content).digest())
     except FileNotFoundError:
         return "no such file"

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.checkpoints.model import save_first_stage
-from mezzotint.data.base import ImageData
 from mezzotint.device import Execution, autocast, widened
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.latent_diffusion import LatentNormalization, encode_moments
@@ -22,7 +21,7 @@ from mezzotint.models.perceptual import build_perceptual
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.adversary import Adversary
-from mezzotint.training.batches import Batches, DataOrder
+from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.ema import ExponentialMovingAverage
 from mezzotint.training.optimizer import (
@@ -31,6 +30,15 @@ from mezzotint.training.optimizer import (
     learning_rate_factor,
     loss_scaler,
     use_channels_last,
+)
+from mezzotint.training.orders import (
+    TrainingData,
+    build_order,
+    drawn,
+    epoch_length,
+    load_stream_state,
+    spread,
+    stream_state,
 )
 from mezzotint.training.parallel import Parallel
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
@@ -131,7 +139,7 @@ class AutoencoderTask:
     def __init__(
         self,
         recipe: AutoencoderRecipe,
-        data: ImageData,
+        data: TrainingData,
         execution: Execution,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -159,8 +167,9 @@ class AutoencoderTask:
         self.ema = None if average is None else ExponentialMovingAverage(self.model, average)
         self.loss = Parallel(_Loss(self.model, perceptual, recipe, execution), ranks)
         self.scaler = loss_scaler(execution)
-        self.order = DataOrder(len(data), recipe.seed)
+        self.order = build_order(data, recipe.batch_size, recipe.seed)
         self.batches = Batches(self._make_batch)
+        self.steps = 0
 
     @property
     def images_per_step(self) -> int:
@@ -193,6 +202,7 @@ class AutoencoderTask:
         factor = learning_rate_factor(recipe.optimizer, step, progress)
         self.model.train()
         images = to_pixels(self.batches.get(step), self.execution.device)
+        self.steps = step + 1
         images = images.to(self.execution.weights)
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -244,7 +254,8 @@ class AutoencoderTask:
         """
         seen = (step + 1) * self.images_per_step
         quantizer, ranks = model.quantize, self.ranks
-        if seen // len(self.data) == (seen - self.images_per_step) // len(self.data):
+        epoch = epoch_length(self.data)
+        if seen // epoch == (seen - self.images_per_step) // epoch:
             return {}
         usage = ranks.sum(quantizer.usage)
         if int(usage.sum()) < _VECTORS_PER_CODE * usage.numel():
@@ -277,10 +288,14 @@ class AutoencoderTask:
         if self.adversary is not None:
             tensors["discriminator"] = dict(self.adversary.network.state_dict())
             tensors["discriminator_optimizer"] = flatten_optimizer(self.adversary.optimizer)
-        return tensors, {"scaler": self.scaler.state_dict()}
+        position = self.steps * self.images_per_step
+        values = {"scaler": self.scaler.state_dict()}
+        return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Take back what `state` gave."""
+        self.steps = checkpoint.step
+        load_stream_state(self.data, checkpoint.values)
         tensors = checkpoint.tensors
         self.model.load_state_dict(tensors["autoencoder"])
         restore_optimizer(self.optimizer, tensors["optimizer"])
@@ -301,10 +316,7 @@ class AutoencoderTask:
         """Draw originals above their reconstructions."""
         if not self.ranks.is_first:
             return
-        count = min(_PREVIEWS, len(self.data))
-        # spread over the data: a folder's first images are all of one class
-        places = [k * len(self.data) // count for k in range(count)]
-        images = torch.stack([self.data.load(k).image for k in places])
+        images = torch.stack([self.data.load(k).image for k in spread(self.data, _PREVIEWS)])
         with self._averaged():
             self.model.eval()
             pixels = to_pixels(images, self.execution.device).to(self.execution.weights)
@@ -314,7 +326,7 @@ class AutoencoderTask:
         restored = ((fake.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
         rows = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (*images, *restored)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(rows, columns=count).save(path)
+        image_grid(rows, columns=len(images)).save(path)
 
     def save_snapshot(self, folder: Path, *, last: bool = False) -> None:
         """Store the averages if the recipe says so at this step."""
@@ -339,16 +351,13 @@ class AutoencoderTask:
                 save_first_stage(self.model, measured, folder / "vae", torch.float32)
 
     def _moments(self) -> Tensor:
-        """Moments of all images, or of as many drawn from the whole: the same in every rank.
-
-        A folder's first images would be all of one class.
-        """
+        """Moments of all images, or of as many drawn from the whole: the same in every rank."""
         ranks, execution = self.ranks, self.execution
-        order = torch.randperm(len(self.data), generator=keyed_generator(self.recipe.seed))
-        batches = order[:_MEASURED].split(32)
+        chosen = drawn(self.data, _MEASURED, self.recipe.seed)
+        batches = [chosen[start : start + 32] for start in range(0, len(chosen), 32)]
         mine: list[Tensor] = []
         for indices in batches[ranks.rank :: ranks.world]:
-            images = torch.stack([self.data.load(k).image for k in indices.tolist()])
+            images = torch.stack([self.data.load(k).image for k in indices])
             pixels = to_pixels(images, execution.device).to(execution.weights)
             mine.append(widened(encode_moments(self.model, pixels)).cpu())
         everyone = ranks.gather_values(mine)

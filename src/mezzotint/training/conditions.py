@@ -15,7 +15,8 @@ from mezzotint.conditioning.spatial import (
     LowResConditionerConfig,
     SemanticMapConditionerConfig,
 )
-from mezzotint.data.base import Description, Example, ImageData
+from mezzotint.data import ShardStream
+from mezzotint.data.base import Description, Example
 from mezzotint.data.degradation import DegradationConfig, degrade
 from mezzotint.data.latents import load_view
 from mezzotint.data.masks import MaskConfig, draw_mask
@@ -23,6 +24,7 @@ from mezzotint.errors import ConfigError, DataError
 from mezzotint.generation.conditions import inpainting_inputs
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.training.autoencoder import to_pixels
+from mezzotint.training.orders import TrainingData
 
 __all__ = ["ConditionMaker", "Told", "check_data", "check_degradation"]
 
@@ -68,7 +70,7 @@ class ConditionMaker:
     def __init__(
         self,
         model: LatentDiffusion,
-        data: ImageData,
+        data: TrainingData,
         *,
         seed: int,
         degradation: DegradationConfig,
@@ -79,7 +81,7 @@ class ConditionMaker:
         self.wants, self.wants_concat = model.conditioner.wants, model.conditioner.wants_concat
         self.needs_picture = self.wants_concat in ("low_res", "inpainting")
         most = max(256, _MOST_KEPT // (4 * model.image_size[0] * model.image_size[1]))
-        self._view = lru_cache(maxsize=most)(lambda k, view: load_view(data, k, view, seed))
+        self._view = lru_cache(maxsize=most)(lambda k, view: self._load_view(k, view, seed))
         self._plain = lru_cache(maxsize=most)(
             lambda k: data.describe(k, None, with_map=self.wants_concat == "map")
         )
@@ -97,6 +99,10 @@ class ConditionMaker:
         moved = view and (self.wants == "layout" or self.wants_concat == "map")
         known = self._view(index, view) if self.needs_picture or moved else self._plain(index)
         return self._tell(known, caption, generator)
+
+    def _load_view(self, index: int, view: int, seed: int) -> Example:
+        assert not isinstance(self.data, ShardStream), "nothing of a stream is cached"
+        return load_view(self.data, index, view, seed)
 
     def of_example(self, example: Example, generator: torch.Generator) -> Told:
         """Return what a sample is told, of which the picture was just loaded.
@@ -174,7 +180,7 @@ def _stack(values: Sequence[Tensor | None]) -> Tensor:
     return torch.stack([value for value in values if value is not None])
 
 
-def check_data(data: ImageData, conditioning: ConditioningConfig) -> None:
+def check_data(data: TrainingData, conditioning: ConditioningConfig) -> None:
     """Say what data lack of what a conditioning wants, by their first sample.
 
     Raises:

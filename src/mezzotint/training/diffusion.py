@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mezzotint.checkpoints.model import save_model
 from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.conditioning.spatial import HybridConditioner
-from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.loss import diffusion_loss
@@ -27,7 +26,7 @@ from mezzotint.models.autoencoder import AutoencoderKL
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.autoencoder import to_pixels
-from mezzotint.training.batches import Batches, DataOrder
+from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.ema import ExponentialMovingAverage
@@ -37,6 +36,12 @@ from mezzotint.training.optimizer import (
     learning_rate_factor,
     loss_scaler,
     use_channels_last,
+)
+from mezzotint.training.orders import (
+    TrainingData,
+    build_order,
+    load_stream_state,
+    stream_state,
 )
 from mezzotint.training.parallel import Parallel, laid_out, load_whole, shard, whole_tensors
 from mezzotint.training.previews import make_previews, preview_sheet, request_fields
@@ -51,7 +56,7 @@ _PREVIEWS = 16
 
 @dataclass(frozen=True)
 class _Batch:
-    latents: Tensor  # (B, C', h, w) moments if cached, else uint8 images (B, 3, H, W)
+    latents: list[Tensor]  # moments (C', h, w) if cached, else uint8 images (3, H, W)
     told: list[Told]
     drop: Tensor  # (B,) bool
     drop_spatial: Tensor  # (B,) bool
@@ -104,7 +109,7 @@ class DiffusionTask:
         self,
         recipe: DiffusionRecipe,
         model: LatentDiffusion,
-        data: ImageData,
+        data: TrainingData,
         cache: LatentCache | None,
         execution: Execution,
         ranks: Ranks = ALONE,
@@ -132,7 +137,7 @@ class DiffusionTask:
             groups.append({"params": conditioner, "lr": own})
         self.optimizer = build_optimizer(groups, recipe.optimizer)
         self.ema = ExponentialMovingAverage(self.trained, recipe.average)
-        self.order = DataOrder(len(data), recipe.seed)
+        self.order = build_order(data, recipe.batch_size, recipe.seed)
         self.conditions = ConditionMaker(
             model,
             data,
@@ -145,6 +150,7 @@ class DiffusionTask:
         )
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
+        self.steps = 0
 
     @property
     def images_per_step(self) -> int:
@@ -167,9 +173,8 @@ class DiffusionTask:
                 images.append(example.image)
                 told.append(self.conditions.of_example(example, generator))
             else:
-                views = self.cache.moments.shape[1]
-                view = int(torch.randint(views, (1,), generator=generator))
-                images.append(self.cache.moments[index, view])
+                view = int(torch.randint(self.cache.views, (1,), generator=generator))
+                images.append(self.cache.moments(index, view))
                 told.append(self.conditions.of_view(index, view, generator))
             drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
             times.append(draw_time(recipe.times, model.schedule, generator))
@@ -177,7 +182,7 @@ class DiffusionTask:
             chance = torch.rand(1, generator=keyed_generator(recipe.seed, 0x5DA, position))
             drop_spatial.append(bool(chance < recipe.spatial_dropout))
         return _Batch(
-            latents=torch.stack(images),
+            latents=images,
             told=told,
             drop=torch.tensor(drop),
             drop_spatial=torch.tensor(drop_spatial),
@@ -185,9 +190,10 @@ class DiffusionTask:
             seeds=seeds,
         )
 
-    def _latents(self, batch: Tensor, seeds: list[int]) -> Tensor:
+    def _latents(self, images: list[Tensor], seeds: list[int]) -> Tensor:
         """Normalised latents: posterior samples for KL, the latent itself for the others."""
         first_stage, execution = self.model.first_stage, self.execution
+        batch = torch.stack(images)  # one part is of one size, whatever that of the next
         if self.cache is None:
             pixels = to_pixels(batch, execution.device).to(execution.weights)
             with torch.no_grad():
@@ -215,6 +221,7 @@ class DiffusionTask:
         norm = apply_gradients(self.optimizer, recipe.optimizer, factor, self.scaler)
         self.scaler.update()
         self.ema.update()
+        self.steps = step + 1
         rate = recipe.optimizer.learning_rate * factor
         return {"loss": total, "gradient_norm": norm, "learning_rate": rate}
 
@@ -236,7 +243,9 @@ class DiffusionTask:
             "ema": self.ema.state_dict(),
             "optimizer": flatten_optimizer(self.optimizer),
         }
-        return tensors, {"inputs": self.inputs, "scaler": self.scaler.state_dict()}
+        position = self.steps * self.images_per_step
+        values = {"inputs": self.inputs, "scaler": self.scaler.state_dict()}
+        return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Take back what `state` gave.
@@ -255,6 +264,8 @@ class DiffusionTask:
                     f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
                     " back as they were, or start anew with another --output"
                 )
+        self.steps = checkpoint.step
+        load_stream_state(self.data, checkpoint.values)
         tensors = checkpoint.tensors
         load_whole(self.trained, tensors["weights"])
         averages = self.ema.state_dict()
@@ -318,7 +329,7 @@ class DiffusionTask:
                 save_model(model, folder)
 
 
-def _inputs(model: LatentDiffusion, data: ImageData) -> dict[str, Any]:
+def _inputs(model: LatentDiffusion, data: TrainingData) -> dict[str, Any]:
     """What the weights are trained on: with anything else they are worth nothing."""
     tensors = [
         *model.first_stage.state_dict().items(),

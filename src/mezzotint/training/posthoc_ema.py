@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mezzotint.checkpoints.model import read_model, save_model
 from mezzotint.checkpoints.registry import INDEX
-from mezzotint.data import open_data
 from mezzotint.device import select_device, select_precision
 from mezzotint.errors import CheckpointError, ConfigError, TrainingError
 from mezzotint.training.autoencoder import AutoencoderTask
+from mezzotint.training.orders import open_training_data
 from mezzotint.training.power_function import (
     LEAST_SIGMA_REL,
     MOST_SIGMA_REL,
@@ -223,7 +223,8 @@ def _write_first_stage(
 ) -> None:
     """An autoencoder whose latents are measured anew: those of other weights are others."""
     execution = select_precision(recipe.precision, select_device(device))
-    task = AutoencoderTask(recipe, open_data(recipe.data), execution)
+    data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
+    task = AutoencoderTask(recipe, data, execution)
     synthesize(plan, task.model)
     assert task.ema is not None
     task.ema.reset()

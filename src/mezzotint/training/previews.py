@@ -15,6 +15,7 @@ from mezzotint.generation.request import LayoutBox
 from mezzotint.generation.sampling import to_images
 from mezzotint.rng import keyed_generator
 from mezzotint.training.conditions import ConditionMaker, Told
+from mezzotint.training.orders import spread
 
 __all__ = [
     "Preview",
@@ -54,10 +55,8 @@ def make_previews(conditions: ConditionMaker, count: int, seed: int) -> list[Pre
         seed: Keys captions, degradations and masks.
     """
     data = conditions.data
-    count = min(count, len(data))
     previews: list[Preview] = []
-    for k in range(count):
-        index = k * len(data) // count
+    for index in spread(data, count):
         example = data.load(index)
         told = conditions.of_example(example, keyed_generator(seed, 0x5EE4, index))
         label = told.caption or ""

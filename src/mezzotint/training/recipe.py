@@ -231,6 +231,11 @@ class AutoencoderRecipe(_RecipeBase):
             if discriminator.in_channels != 3:
                 raise ValueError("loss.adversarial.discriminator.in_channels must be 3")
             least["loss.adversarial"] = 3 * 2 ** (discriminator.layers - 1)
+        if getattr(self.data, "buckets", None) is not None:
+            raise ValueError(
+                "data.buckets: an autoencoder is trained on squares, and encodes pictures of every"
+                " shape"
+            )
         key = max(least, key=lambda name: least[name])
         if self.patch is not None and self.patch > self.data.resolution:
             raise ValueError(
@@ -297,6 +302,9 @@ class DiffusionRecipe(_RecipeBase):
         deviation: ``squared`` (paper, eq. 2) or ``absolute`` error of the prediction.
         latent_variants: Augmented views per image whose latents are computed once and kept; 0
             encodes every batch anew.
+        latent_cache: Folder where they are kept, which runs may share; ``latents/`` in the run
+            folder if left out.
+        latent_precision: In which they are kept: ``float32`` or, in half the space, ``float16``.
         conditioner_learning_rate: tau_theta's; the UNet's if left out.
         guidance_scale: Of the sample grids drawn while training.
     """
@@ -314,6 +322,8 @@ class DiffusionRecipe(_RecipeBase):
     weighting: Weighting = "simple"
     deviation: Deviation = "squared"
     latent_variants: int = Field(default=1, ge=0)
+    latent_cache: str | None = None
+    latent_precision: Literal["float32", "float16"] = "float32"
     ema_decay: float | None = Field(default=0.9999, ge=0, lt=1)
     conditioner_learning_rate: float | None = Field(default=None, gt=0)
     guidance_scale: float = Field(default=3.0, ge=0)
@@ -332,6 +342,17 @@ class DiffusionRecipe(_RecipeBase):
             raise ValueError("one of ema and ema_decay is required: averages are drawn from")
         self._check_tokens()
         self._check_channels()
+        if getattr(self.data, "stream", False) and self.latent_variants:
+            raise ValueError(
+                "latent_variants: a stream has no index to keep latents by; set it to 0, or"
+                " data.stream to false"
+            )
+        spatial = spatial_config(self.conditioning)
+        if getattr(self.data, "buckets", None) is not None and spatial is not None:
+            raise ValueError(
+                f"data.buckets: the conditioning {spatial.kind} takes squares; leave one of them"
+                " out"
+            )
         if self.spatial_dropout and self.conditioning.kind != "hybrid":
             raise ValueError("spatial_dropout: is for a hybrid; use condition_dropout")
         if self.sample_steps > self.schedule.num_train_timesteps:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from mezzotint.conditioning.build import (
 from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
 from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
-from mezzotint.data import ImageData, open_data
-from mezzotint.data.latents import LatentCache, build_latent_cache
+from mezzotint.data import Fault, ShardStream
+from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
 from mezzotint.errors import ConfigError, TrainingError, nearest
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
@@ -32,20 +33,23 @@ from mezzotint.models.autoencoder import IdentityFirstStage
 from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
 from mezzotint.training.autoencoder import AutoencoderTask
+from mezzotint.training.caching import cache_sentences, open_latent_cache
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
+from mezzotint.training.orders import TrainingData, open_training_data
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
 
-__all__ = ["load_recipe", "recipe_names", "train"]
+__all__ = ["load_recipe", "recipe_names", "stored_first_stage", "train"]
 
 _KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe]] = {
     "autoencoder": AutoencoderRecipe,
     "diffusion": DiffusionRecipe,
 }
+_STREAM_CAPTIONS = 100_000  # from which a vocabulary is learned
 # what may differ between a run and its continuation without making it another run
 _CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
 
@@ -146,7 +150,7 @@ def _execution(precision: str, device: torch.device) -> Execution:
 def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | None = None) -> None:
     execution, ranks = setting.execution, setting.ranks
     _check_share(recipe, ranks)
-    data = open_data(recipe.data)
+    data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
     if ranks.is_first:
         _claim(folder, recipe, setting.resume)
     ranks.wait()
@@ -158,11 +162,15 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
         if ranks.several:
             shared = "shared by" if recipe.run.sharding else "on each of"
             log.event(f"{ranks.world} processes; the weights are {shared} them")
-        log.event(f"{len(data):,} images")
+        if isinstance(data, ShardStream):
+            log.event(f"a stream of {len(data.shards):,} shards")
+            data.on_fault = partial(_tell_fault, log)
+        else:
+            log.event(f"{len(data):,} images")
         if data.faults:
             log.event(f"{len(data.faults):,} broken images are skipped")
         for fault in data.faults:
-            log.event(f"skipped {fault.name}: {fault.reason}")
+            _tell_fault(log, fault)
         if isinstance(recipe, AutoencoderRecipe):
             task: Task = AutoencoderTask(recipe, data, execution, ranks)
         else:
@@ -189,6 +197,10 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
     finally:
         if log is not None:
             log.close()
+
+
+def _tell_fault(log: RunLog, fault: Fault) -> None:
+    log.event(f"skipped {fault.name}: {fault.reason}")
 
 
 def _check_share(recipe: Recipe, ranks: Ranks) -> None:
@@ -248,30 +260,25 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
 
 
 def _diffusion_task(
-    recipe: DiffusionRecipe, data: ImageData, folder: Path, setting: _Setting, log: RunLog
+    recipe: DiffusionRecipe, data: TrainingData, folder: Path, setting: _Setting, log: RunLog
 ) -> DiffusionTask:
     execution, ranks = setting.execution, setting.ranks
     check_data(data, recipe.conditioning)
     first_stage, normalization = _first_stage(recipe, folder, setting, log)
     first_stage = first_stage.to(execution.device)
     _check_factor(recipe, first_stage.factor)
+    _check_buckets(recipe, first_stage.factor)
     _check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder, ranks)
     cache: LatentCache | None = None
-    if recipe.latent_variants:
+    if recipe.latent_variants and not isinstance(data, ShardStream):
         log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
-        for turn in (ranks.is_first, not ranks.is_first):  # the others read what the first wrote
-            if turn:
-                cache = build_latent_cache(
-                    data,
-                    first_stage,
-                    variants=recipe.latent_variants,
-                    seed=recipe.seed,
-                    folder=folder / "latents",
-                    device=execution.device,
-                )
-            ranks.wait()
+        cache = open_latent_cache(
+            recipe, data, first_stage, normalization, folder, execution.device, ranks
+        )
+        for sentence in cache_sentences(cache):
+            log.event(sentence)
     torch.manual_seed(mix(recipe.seed, 0x1217))
     model = LatentDiffusion(
         first_stage,
@@ -292,6 +299,16 @@ def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
         )
 
 
+def _check_buckets(recipe: DiffusionRecipe, factor: int) -> None:
+    buckets = getattr(recipe.data, "buckets", None)
+    needed = factor * 2 ** (len(recipe.unet.block_out_channels) - 1)
+    if buckets is not None and buckets.multiple % needed:
+        raise ConfigError(
+            f"data.buckets.multiple {buckets.multiple} is not divisible by {needed}: the first"
+            f" stage's f = {factor} times what the UNet halves"
+        )
+
+
 def _check_map(recipe: DiffusionRecipe, factor: int) -> None:
     spatial = spatial_config(recipe.conditioning)
     if isinstance(spatial, SemanticMapConditionerConfig) and 2**spatial.stages != factor:
@@ -305,6 +322,35 @@ def _first_stage(
     recipe: DiffusionRecipe, folder: Path, setting: _Setting, log: RunLog
 ) -> tuple[FirstStage, LatentNormalization]:
     """Load the first stage with the statistics of its latents; train it first if need be."""
+    found = stored_first_stage(recipe, folder)
+    if found is not None:
+        return found
+    config = recipe.first_stage
+    assert isinstance(config, TrainedFirstStage) and config.recipe is not None
+    stage = folder / "first_stage"
+    first = load_recipe(config.recipe)
+    if not isinstance(first, AutoencoderRecipe):
+        raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
+    _check_factor(recipe, first.model.factor)
+    log.event(f"training the first stage by its own recipe, {config.recipe}")
+    resume = setting.resume and (stage / "recipe.yaml").is_file()
+    _train(first, stage, replace(setting, resume=resume))
+    setting.ranks.wait()  # for the first, which writes it
+    return load_first_stage(stage / "model" / "vae")
+
+
+def stored_first_stage(
+    recipe: DiffusionRecipe, folder: Path
+) -> tuple[FirstStage, LatentNormalization] | None:
+    """Load the first stage with the statistics of its latents, if it is trained already.
+
+    Args:
+        recipe: Says which.
+        folder: The run folder, in which it is if it has a recipe of its own.
+
+    Raises:
+        ConfigError: If the recipe gives a path and there is none.
+    """
     config = recipe.first_stage
     if not isinstance(config, TrainedFirstStage):
         return IdentityFirstStage(config), LatentNormalization.from_scale_factor(1.0)
@@ -317,22 +363,12 @@ def _first_stage(
             f"first_stage.path: {path}: no autoencoder here; expected a finished autoencoder run,"
             " a model folder or a component folder with config.json"
         )
-    assert config.recipe is not None
-    stage = folder / "first_stage"
-    if not (stage / "model" / "vae" / "config.json").is_file():
-        first = load_recipe(config.recipe)
-        if not isinstance(first, AutoencoderRecipe):
-            raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
-        _check_factor(recipe, first.model.factor)
-        log.event(f"training the first stage by its own recipe, {config.recipe}")
-        resume = setting.resume and (stage / "recipe.yaml").is_file()
-        _train(first, stage, replace(setting, resume=resume))
-        setting.ranks.wait()  # for the first, which writes it
-    return load_first_stage(stage / "model" / "vae")
+    stage = folder / "first_stage" / "model" / "vae"
+    return load_first_stage(stage) if (stage / "config.json").is_file() else None
 
 
 def _conditioner(
-    recipe: DiffusionRecipe, data: ImageData, folder: Path, ranks: Ranks
+    recipe: DiffusionRecipe, data: TrainingData, folder: Path, ranks: Ranks
 ) -> Conditioner:
     torch.manual_seed(mix(recipe.seed, 0xC0D))
     config = with_class_names(recipe.conditioning, data.class_names)
@@ -345,12 +381,14 @@ def _conditioner(
     return build_conditioner(config, tokenizer)
 
 
-def _train_tokenizer(data: ImageData, vocab_size: int, path: Path) -> None:
+def _train_tokenizer(data: TrainingData, vocab_size: int, path: Path) -> None:
     """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
     if path.is_file():
         return
-    captions = {data.describe(k).caption or "" for k in range(len(data))}
-    for k in range(len(data)):
+    stream = isinstance(data, ShardStream)
+    captions = set(data.captions(_STREAM_CAPTIONS)) if stream else set[str]()
+    for k in range(0 if stream else len(data)):
+        captions.add(data.describe(k).caption or "")
         for variant in range(8):
             generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
             captions.add(data.describe(k, generator).caption or "")

@@ -1,0 +1,72 @@
+"""The latents of a recipe's data, encoded before training or by it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mezzotint.data.base import ImageData
+from mezzotint.data.latents import LatentCache, build_latent_cache
+from mezzotint.latent_diffusion import FirstStage, LatentNormalization
+from mezzotint.training.ranks import Ranks
+from mezzotint.training.recipe import DiffusionRecipe
+
+__all__ = ["cache_folder", "cache_sentences", "open_latent_cache"]
+
+
+def cache_folder(recipe: DiffusionRecipe, folder: Path) -> Path:
+    """Return where a recipe keeps its latents.
+
+    Args:
+        recipe: Of a diffusion model.
+        folder: The run folder.
+    """
+    if recipe.latent_cache is None:
+        return folder / "latents"
+    return Path(recipe.latent_cache).expanduser()
+
+
+def open_latent_cache(
+    recipe: DiffusionRecipe,
+    data: ImageData,
+    first_stage: FirstStage,
+    normalization: LatentNormalization,
+    folder: Path,
+    device: torch.device,
+    ranks: Ranks,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatentCache:
+    """Encode what a recipe's data need, each process its share, and open the cache.
+
+    Args:
+        recipe: Says how many views, and where they are kept.
+        data: The images.
+        first_stage: Encodes.
+        normalization: The statistics of its latents.
+        folder: The run folder.
+        device: Where to encode.
+        ranks: This process among the others.
+        on_progress: Called with (views done, views to be encoded), of this process.
+    """
+    return build_latent_cache(
+        data,
+        first_stage,
+        variants=recipe.latent_variants,
+        seed=recipe.seed,
+        folder=cache_folder(recipe, folder),
+        device=device,
+        normalization=normalization,
+        dtype=torch.float16 if recipe.latent_precision == "float16" else torch.float32,
+        peers=ranks,
+        on_progress=on_progress,
+    )
+
+
+def cache_sentences(cache: LatentCache) -> list[str]:
+    """Return what is to be said of a cache that was opened."""
+    report = cache.report
+    told = [f"damaged latents are encoded anew: {reason}" for reason in report.damaged]
+    told.append(f"{report.encoded:,} views encoded, {report.kept:,} found in the cache")
+    if report.unused:
+        told.append(f"{report.unused:,} latents there are of no use to this recipe")
+    return told
