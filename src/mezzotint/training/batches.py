@@ -20,11 +20,15 @@ class DataOrder:
     Args:
         count: Number of images.
         seed: The recipe's seed.
+
+    Attributes:
+        excluded: Images in whose place the next one of the order stands that is not among them.
     """
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
         self.seed = seed
+        self.excluded: frozenset[int] = frozenset()
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> list[int]:
@@ -35,7 +39,10 @@ class DataOrder:
     def index(self, position: int) -> int:
         """Return the image at a global position: ``step * batch + place`` in the batch."""
         epoch, place = divmod(position, self.count)
-        return self._permutation(epoch)[place]
+        order = self._permutation(epoch)
+        while order[place] in self.excluded:
+            place = (place + 1) % self.count
+        return order[place]
 
 
 class Batches(Generic[T]):
@@ -47,11 +54,13 @@ class Batches(Generic[T]):
 
     def __init__(self, make: Callable[[int], T]) -> None:
         self._make = make
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[T]] | None = None
 
     def get(self, step: int) -> T:
         """Return the batch of a step and begin the one after it."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         if self._ahead is not None and self._ahead[0] == step:
             future = self._ahead[1]
         else:
@@ -60,6 +69,14 @@ class Batches(Generic[T]):
         self._ahead = (step + 1, self._pool.submit(self._make, step + 1))
         return batch
 
+    def forget(self) -> None:
+        """Drop the batch that was made ahead, for it would be another one now."""
+        if self._ahead is not None:
+            self._ahead[1].exception()  # made to its end: it uses the data
+        self._ahead = None
+
     def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the thread, until the next batch is asked for."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._ahead = None
