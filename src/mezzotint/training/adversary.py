@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mezzotint.device import Execution, autocast
+from mezzotint.device import Execution, autocast, widened
 from mezzotint.models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -25,10 +25,11 @@ class _Loss(nn.Module):
         super().__init__()
         self.network, self.execution = network, execution
 
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.execution):
             logits = self.network(torch.cat([real, fake]))
-        return hinge_discriminator_loss(*logits.chunk(2))
+        means = widened(logits.detach()).unflatten(0, (2, -1)).flatten(1).mean(1)
+        return hinge_discriminator_loss(*logits.chunk(2)), means
 
 
 class Adversary:
@@ -77,7 +78,7 @@ class Adversary:
 
     def backward(
         self, real: Tensor, fake: Tensor, scaler: torch.amp.GradScaler, *, last: bool
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """Accumulate the discriminator's gradients of a part of a step.
 
         Args:
@@ -87,9 +88,11 @@ class Adversary:
             last: Whether it is the last part.
 
         Returns:
-            The part's share of the loss.
+            The part's share of the loss, and of the mean logits of both.
         """
         with self.loss.part(last=last):
-            loss = self.loss(real, fake) / self.parts
-            scaler.scale(loss).backward()
-        return loss.detach()
+            loss, logits = self.loss(real, fake)
+            scaler.scale(loss / self.parts).backward()
+        told = {"discriminator_loss": loss.detach(), "logits_real": logits[0]}
+        told["logits_fake"] = logits[1]
+        return {name: value / self.parts for name, value in told.items()}

@@ -1,7 +1,7 @@
 """Training the first stage: reconstruction, perceptual, regulariser and adversarial terms."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from mezzotint.training.adversary import Adversary
 from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.ema import ExponentialMovingAverage
+from mezzotint.training.gauges import latent_gauges, usage_gauges, worse_gauge
+from mezzotint.training.health import Sample
 from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -117,7 +119,10 @@ class _Loss(nn.Module):
         loss = reconstruction + regularizer
         values = {**terms, "regularizer": regularizer}
         with torch.no_grad():
-            values["psnr"] = -10.0 * torch.log10(F.mse_loss(fake, images) / 4.0)
+            values["error"], values["power"] = F.mse_loss(fake, images), images.square().mean()
+            values["worse_than_nothing"] = worse_gauge(values["error"], values["power"])
+            values["psnr"] = -10.0 * torch.log10(values["error"] / 4.0)
+            values |= latent_gauges(z)
         if opponent is not None:
             adversarial, weight = opponent(fake, reconstruction)
             loss = loss + adversarial
@@ -170,6 +175,7 @@ class AutoencoderTask:
         self.order = build_order(data, recipe.batch_size, recipe.seed)
         self.batches = Batches(self._make_batch)
         self.steps = 0
+        self.rate = 1.0
 
     @property
     def images_per_step(self) -> int:
@@ -199,14 +205,10 @@ class AutoencoderTask:
         """Do one step of the autoencoder, and one of the discriminator where it takes part."""
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
-        factor = learning_rate_factor(recipe.optimizer, step, progress)
+        factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress)
         self.model.train()
-        images = to_pixels(self.batches.get(step), self.execution.device)
+        images, seeds = self._samples(step)
         self.steps = step + 1
-        images = images.to(self.execution.weights)
-        if recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        seeds = [mix(recipe.seed, 0x5A3, position) for position in self._positions(step)]
         each = recipe.batch_size // self.ranks.world
         adversary, latents = self.adversary, list[Tensor]()
         values: dict[str, Tensor | float] = {}
@@ -217,8 +219,9 @@ class AutoencoderTask:
             for name, value in {"loss": made.loss, **made.values}.items():
                 values[name] = values.get(name, 0.0) + value / recipe.accumulate
             if adversary is not None and adversary.learns_at(step):
-                loss = adversary.backward(images[part], made.fake, self.scaler, last=last)
-                values["discriminator_loss"] = values.get("discriminator_loss", 0.0) + loss
+                told = adversary.backward(images[part], made.fake, self.scaler, last=last)
+                for name, value in told.items():
+                    values[name] = values.get(name, 0.0) + value
         optimizer = recipe.optimizer
         values["gradient_norm"] = apply_gradients(self.optimizer, optimizer, factor, self.scaler)
         values["learning_rate"] = optimizer.learning_rate * factor
@@ -230,6 +233,43 @@ class AutoencoderTask:
         if isinstance(self.model, VQModel):
             values |= self._end_epoch(self.model, step, latents)
         return values
+
+    def _samples(self, step: int) -> tuple[Tensor, list[int]]:
+        """The images ``(B, 3, H, W)`` of a step and the seeds of their posteriors' noise."""
+        images = to_pixels(self.batches.get(step), self.execution.device)
+        images = images.to(self.execution.weights)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        seed = self.recipe.seed
+        return images, [mix(seed, 0x5A3, position) for position in self._positions(step)]
+
+    @torch.no_grad()
+    def faulty_samples(self, step: int) -> list[Sample]:
+        """Return this rank's samples of a step whose loss is no number with the weights now."""
+        self.model.eval()
+        images, seeds = self._samples(step)
+        faulty: list[Sample] = []
+        for k, position in enumerate(self._positions(step)):
+            loss = self.loss(images[k : k + 1], seeds[k : k + 1], None)[0]
+            if not torch.isfinite(loss):
+                index = self.order.index(position)
+                faulty.append((index, self.data.load(index).name))
+        return faulty
+
+    def exclude(self, samples: Set[int]) -> None:
+        """Leave out samples, by their indices, from now on."""
+        if samples != self.order.excluded:
+            self.batches.forget()
+            self.order.excluded = frozenset(samples)
+
+    def gauges(self) -> dict[str, float]:
+        """Return what is worth a look at intervals; all ranks must ask."""
+        told: dict[str, float] = {}
+        if isinstance(self.model, VQModel):
+            told |= usage_gauges(self.ranks.sum(self.model.quantize.usage))
+        if self.ema is not None:
+            told["ema_distance"] = self.ema.distance()
+        return told
 
     def _backward(
         self, images: Tensor, seeds: list[int], step: int, *, last: bool
@@ -353,7 +393,8 @@ class AutoencoderTask:
     def _moments(self) -> Tensor:
         """Moments of all images, or of as many drawn from the whole: the same in every rank."""
         ranks, execution = self.ranks, self.execution
-        chosen = drawn(self.data, _MEASURED, self.recipe.seed)
+        left_out = self.order.excluded
+        chosen = [k for k in drawn(self.data, _MEASURED, self.recipe.seed) if k not in left_out]
         batches = [chosen[start : start + 32] for start in range(0, len(chosen), 32)]
         mine: list[Tensor] = []
         for indices in batches[ranks.rank :: ranks.world]:

@@ -47,11 +47,13 @@ class Batches(Generic[T]):
 
     def __init__(self, make: Callable[[int], T]) -> None:
         self._make = make
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[T]] | None = None
 
     def get(self, step: int) -> T:
         """Return the batch of a step and begin the one after it."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         if self._ahead is not None and self._ahead[0] == step:
             future = self._ahead[1]
         else:
@@ -60,6 +62,14 @@ class Batches(Generic[T]):
         self._ahead = (step + 1, self._pool.submit(self._make, step + 1))
         return batch
 
+    def forget(self) -> None:
+        """Drop the batch that was made ahead, for it would be another one now."""
+        if self._ahead is not None:
+            self._ahead[1].exception()  # made to its end: it uses the data
+        self._ahead = None
+
     def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the thread, until the next batch is asked for."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._ahead = None

@@ -250,12 +250,15 @@ def _read_shares(path: Path) -> dict[str, dict[str, Tensor]]:
     return tensors
 
 
-def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(
+    folder: Path, ranks: Ranks = ALONE, until: int | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest whole checkpoint of a run.
 
     Args:
         folder: The run's ``checkpoints`` folder.
         ranks: All of them call this and read the same one; the first verifies.
+        until: The last step that will do, where there is one so early; else the oldest will.
 
     Returns:
         The checkpoint, or None if the run has none yet, and a sentence per damaged one passed by.
@@ -265,7 +268,10 @@ def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | 
     """
     damaged: list[str] = []
     found: Checkpoint | None = None
-    for path in reversed(list_checkpoints(folder)) if ranks.is_first else ():
+    saved = list_checkpoints(folder)
+    if until is not None:
+        saved = [p for p in saved if int(p.name.removeprefix("step-")) <= until] or saved[:1]
+    for path in reversed(saved) if ranks.is_first else ():
         try:
             found = read_checkpoint(path)
             break

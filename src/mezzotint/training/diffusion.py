@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.ema import ExponentialMovingAverage
+from mezzotint.training.gauges import latent_gauges, noise_gauges, worse_gauge
+from mezzotint.training.health import Sample
 from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -75,8 +77,8 @@ class _Loss(nn.Module):
 
     def forward(
         self, z: Tensor, t: Tensor, noise: Tensor, inputs: ConditionInputs, drop: list[Tensor]
-    ) -> Tensor:
-        """Return the mean loss of a batch of latents ``(B, C, h, w)``."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of a batch of latents ``(B, C, h, w)``, and gauges of it."""
         model, recipe = self.model, self.recipe
         with autocast(self.execution):
             cond = model.conditioner(inputs, *drop)
@@ -90,7 +92,27 @@ class _Loss(nn.Module):
                 weighting=recipe.weighting,
                 deviation=recipe.deviation,
             )
-        return losses.mean()
+        with torch.no_grad():
+            silent = diffusion_loss(
+                _silent,
+                model.schedule,
+                z,
+                t,
+                noise,
+                cond,
+                weighting=recipe.weighting,
+                deviation=recipe.deviation,
+            )
+            told = noise_gauges(losses, t / model.schedule.num_train_timesteps)
+            told |= latent_gauges(z)
+            told["loss_of_zero"] = silent.mean()
+            told["worse_than_nothing"] = worse_gauge(losses.mean(), told["loss_of_zero"])
+        return losses.mean(), told
+
+
+def _silent(x: Tensor, t: Tensor, cond: object) -> Tensor:
+    """A network that predicts nothing: its loss is what there is to explain."""
+    return torch.zeros_like(x)
 
 
 class DiffusionTask:
@@ -151,6 +173,7 @@ class DiffusionTask:
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
         self.steps = 0
+        self.rate = 1.0
 
     @property
     def images_per_step(self) -> int:
@@ -207,25 +230,49 @@ class DiffusionTask:
         """Do one optimizer step of UNet and conditioner together."""
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
-        factor = learning_rate_factor(recipe.optimizer, step, progress)
+        factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress)
         self.model.train()
         batch = self.batches.get(step)
-        total: Tensor | float = 0.0
+        values: dict[str, Tensor | float] = {}
         each = recipe.batch_size // self.ranks.world
         for number in range(recipe.accumulate):
             part = slice(number * each, (number + 1) * each)
             with self.loss.part(last=number == recipe.accumulate - 1):
-                loss = self._loss(batch, part) / recipe.accumulate
-                self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+                loss, told = self._loss(batch, part)
+                self.scaler.scale(loss / recipe.accumulate).backward()
+            for name, value in {"loss": loss.detach(), **told}.items():
+                values[name] = values.get(name, 0.0) + value / recipe.accumulate
         norm = apply_gradients(self.optimizer, recipe.optimizer, factor, self.scaler)
         self.scaler.update()
         self.ema.update()
         self.steps = step + 1
         rate = recipe.optimizer.learning_rate * factor
-        return {"loss": total, "gradient_norm": norm, "learning_rate": rate}
+        return {**values, "gradient_norm": norm, "learning_rate": rate}
 
-    def _loss(self, batch: _Batch, part: slice) -> Tensor:
+    @torch.no_grad()
+    def faulty_samples(self, step: int) -> list[Sample]:
+        """Return this rank's samples of a step whose loss is no number with the weights now."""
+        recipe, batch = self.recipe, self.batches.get(step)
+        positions = positions_of(step, recipe.batch_size, recipe.accumulate, self.ranks)
+        self.model.eval()
+        faulty: list[Sample] = []
+        for k, position in enumerate(positions):
+            if not torch.isfinite(self._loss(batch, slice(k, k + 1))[0]):
+                index = self.order.index(position)
+                faulty.append((index, self.data.load(index).name))
+        return faulty
+
+    def exclude(self, samples: Set[int]) -> None:
+        """Leave out samples, by their indices, from now on."""
+        if samples != self.order.excluded:
+            self.batches.forget()
+            self.order.excluded = frozenset(samples)
+
+    def gauges(self) -> dict[str, float]:
+        """Return what is worth a look at intervals; all ranks must ask."""
+        return {"ema_distance": self.ema.distance()}
+
+    def _loss(self, batch: _Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         device, dtype = self.execution.device, self.execution.weights
         seeds = batch.seeds[part]
         z = self._latents(batch.latents[part], seeds)

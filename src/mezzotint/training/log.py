@@ -1,6 +1,7 @@
 """What a run says: a progress line, ``log.txt``, ``metrics.jsonl`` and TensorBoard files."""
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -13,9 +14,38 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from mezzotint.errors import TrainingError
+from mezzotint.training.gauges import derive
 from mezzotint.training.ranks import ALONE, Ranks
 
 __all__ = ["RunLog"]
+
+
+# beside loss and speed; of the rest, `metrics.jsonl` and TensorBoard tell
+_SHOWN = {
+    "peak_share": "{:.0%} of peak",
+    "gradient_norm": "gradient {:.2g}",
+    "codes_used": "{:.0%} of codes",
+    "discriminator_gap": "gap {:.2f}",
+    "ema_distance": "EMA {:.1%} apart",
+}
+
+
+def _open_tracker(project: str, title: str, folder: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise TrainingError(
+            f"run.wandb: {project}: the package wandb is not installed ({error}); install it with"
+            " pip install wandb, or leave run.wandb out"
+        ) from None
+    return wandb.init(project=project, name=title, dir=str(folder))
+
+
+def _plain(total: Tensor | float, count: int) -> list[float]:
+    if isinstance(total, Tensor) and total.ndim:
+        return [value / count for value in total.tolist()]
+    return [float(total) / count]
 
 
 def _clock(seconds: float) -> str:
@@ -33,9 +63,20 @@ class RunLog:
         console: Where the progress line and the events are shown.
         ranks: This process among the others of the run. The first alone writes and speaks, of the
             values of all.
+        wandb: A project of Weights & Biases that the numbers go to as well.
+
+    Attributes:
+        peak_seconds: Seconds that a step would take at the processor's peak, once they are known.
     """
 
-    def __init__(self, folder: Path, title: str, console: Console, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        console: Console,
+        ranks: Ranks = ALONE,
+        wandb: str | None = None,
+    ) -> None:
         self.title, self.ranks = title, ranks
         self.console = console if ranks.is_first else Console(quiet=True)
         text = metrics = Path(os.devnull)
@@ -47,6 +88,10 @@ class RunLog:
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._last: tuple[int, float] | None = None
         self._shown: dict[str, float] = {}
+        self._tracker: Any = None
+        if wandb is not None and ranks.is_first:
+            self._tracker = _open_tracker(wandb, title, folder)
+        self.peak_seconds: float | None = None
 
     @staticmethod
     def _open_board(folder: Path) -> Any:
@@ -69,26 +114,71 @@ class RunLog:
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value, count + 1)
 
-    def flush(self, step: int, seconds: float, images_per_step: int) -> dict[str, float]:
-        """Write the averages since the last call, over all ranks, and return them."""
+    @property
+    def waiting(self) -> bool:
+        """Whether anything was collected since the last call of `flush`."""
+        return bool(self._sums)
+
+    def flush(
+        self,
+        step: int,
+        seconds: float,
+        images_per_step: int,
+        gauges: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Write the averages since the last call, over all ranks, and return them.
+
+        Args:
+            step: Steps done.
+            seconds: Time spent in training.
+            images_per_step: Images that a step sees.
+            gauges: What stands beside the averages, the same in all ranks.
+        """
         if not self._sums:
             return {}
-        sums = self._sums.values()
-        means = self.ranks.means([float(total) / count for total, count in sums])
-        averages = dict(zip(self._sums, means, strict=True))
+        lists = {name: _plain(total, count) for name, (total, count) in self._sums.items()}
+        flat = iter(self.ranks.means([value for values in lists.values() for value in values]))
+        averages = derive({name: [next(flat) for _ in values] for name, values in lists.items()})
+        averages |= gauges or {}
         if self._last is not None and seconds > self._last[1]:
-            steps = step - self._last[0]
-            averages["images_per_second"] = steps * images_per_step / (seconds - self._last[1])
+            rate = (step - self._last[0]) / (seconds - self._last[1])
+            averages["images_per_second"] = rate * images_per_step
+            if self.peak_seconds is not None:
+                averages["peak_share"] = rate * self.peak_seconds
         self._last = (step, seconds)
         self._sums = {}
         self._shown = averages
-        row = {"step": step, "seconds": round(seconds, 2), **averages}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        if self._board is not None:
-            for name, value in averages.items():
-                self._board.add_scalar(name, value, step)
+        self.numbers(step, {"seconds": round(seconds, 2), **averages}, averages)
         return averages
+
+    def numbers(
+        self, step: int, row: Mapping[str, float | str], told: Mapping[str, float] | None = None
+    ) -> None:
+        """Write a row of ``metrics.jsonl``, and its numbers for TensorBoard and W&B.
+
+        Args:
+            step: Steps done.
+            row: By name.
+            told: The numbers; by default the whole row.
+        """
+        self._metrics.write(json.dumps({"step": step, **row}) + "\n")
+        self._metrics.flush()
+        numbers = row if told is None else told
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._tracker is not None and numbers:
+            # its own steps may only rise, and after a way back ours do not
+            self._tracker.log({"training_step": step, **numbers})
+
+    def warn(self, step: int, name: str, text: str) -> None:
+        """Say a warning on the console, in ``log.txt`` and in ``metrics.jsonl``."""
+        self.event(f"warning: {text}")
+        self.numbers(step, {"warning": name, "text": text}, {})
+
+    def restart(self) -> None:
+        """Forget what was collected: the training goes on from another step."""
+        self._sums, self._last = {}, None
 
     @contextlib.contextmanager
     def progress(self) -> Generator[Callable[[float, float, int], None]]:
@@ -128,12 +218,17 @@ class RunLog:
             parts.append(f"loss {self._shown['loss']:.4f}")
         if "images_per_second" in self._shown:
             parts.append(f"{self._shown['images_per_second']:.1f} images/s")
+        for name, form in _SHOWN.items():
+            if name in self._shown:
+                parts.append(form.format(self._shown[name]))
         if math.isfinite(left):
             parts.append(f"{_clock(left)} left")
         return "  ".join(parts)
 
     def close(self) -> None:
         """Close the files; what a full disk keeps from being written is lost."""
+        if self._tracker is not None:
+            self._tracker.finish()
         for file in (self._text, self._metrics, self._board):
             with contextlib.suppress(OSError):
                 if file is not None:

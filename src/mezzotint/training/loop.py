@@ -1,19 +1,24 @@
-"""The one training loop: budget, learning rate, checkpoints, signals, log, sample grids."""
+"""The one training loop: budget, checkpoints, signals, log, callbacks, and a way back."""
 
 import contextlib
-import math
+import copy
 import signal
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mezzotint.errors import TrainingError
-from mezzotint.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+from mezzotint.training.callbacks import Callback
+from mezzotint.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from mezzotint.training.health import Health, Rollback, Sample, Trouble
 from mezzotint.training.log import RunLog
+from mezzotint.training.orders import TrainingData, can_leave_out
 from mezzotint.training.ranks import ALONE, Ranks
 from mezzotint.training.recipe import BudgetConfig, RunConfig
 
@@ -21,7 +26,15 @@ __all__ = ["Task", "run_loop"]
 
 
 class Task(Protocol):
-    """What a loop trains: one stage, with its networks, optimizers and data."""
+    """What a loop trains: one stage, with its networks, optimizers and data.
+
+    Attributes:
+        data: The samples.
+        rate: What the learning rate is multiplied by.
+    """
+
+    data: TrainingData
+    rate: float
 
     @property
     def images_per_step(self) -> int:
@@ -38,6 +51,18 @@ class Task(Protocol):
         Returns:
             Values for the log; ``loss`` among them.
         """
+        ...
+
+    def gauges(self) -> Mapping[str, float]:
+        """Return what is worth a look at every row of the log; all ranks must ask."""
+        ...
+
+    def faulty_samples(self, step: int) -> list[Sample]:
+        """Return this rank's samples of a step whose loss is no number with the weights now."""
+        ...
+
+    def exclude(self, samples: Set[int]) -> None:
+        """Leave out samples, by their indices, from now on."""
         ...
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -122,6 +147,8 @@ def run_loop(
     budget: BudgetConfig,
     run: RunConfig,
     log: RunLog,
+    health: Health,
+    callbacks: Sequence[Callback] = (),
     checkpoint: Checkpoint | None = None,
     ranks: Ranks = ALONE,
     stop_after: int | None = None,
@@ -134,6 +161,8 @@ def run_loop(
         budget: When to end.
         run: What to write, and when.
         log: Where losses and events go.
+        health: Watches the run.
+        callbacks: What is done beside training.
         checkpoint: Where to go on from; None starts anew.
         ranks: This process among the others of the run. What the clock decides, the first decides
             for all.
@@ -141,79 +170,180 @@ def run_loop(
             not spent before.
 
     Raises:
-        TrainingError: If the loss is no longer a number, a checkpoint cannot be saved, or another
-            process has ended.
+        TrainingError: If the loss is no number, or diverges, and going back did not help; a
+            checkpoint cannot be saved; or another process has ended.
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    step, spent = 0, 0.0
-    if checkpoint is not None:
-        task.load_state(checkpoint)
-        step, spent = checkpoint.step, float(checkpoint.values["seconds"])
-        log.event(f"going on from step {step:,} ({checkpoint.path})")
-    first, clock = step, _Clock(spent)
-    # at whole multiples of the interval, whatever stopped and continued the run in between
-    interval = 60 * run.checkpoint_minutes
-    due = (spent // interval + 1) * interval
-    last_drawn = clock.seconds
-
-    def flush() -> None:
-        _check_finite(log.flush(step, clock.seconds, task.images_per_step), step, folder)
-
-    def save() -> None:
-        flush()  # never push a good checkpoint out by one that is no longer a number
-        tensors, values = task.state()
-        values["seconds"] = clock.seconds
-        save_checkpoint(folder / "checkpoints", step, tensors, values, run.keep_checkpoints, ranks)
-
+    loop = _Loop(task, folder, run, log, health, callbacks, ranks)
+    loop.start(checkpoint)
     with _stop_on_signal() as stopped, log.progress() as display:
+        if not loop.train(budget, display, stopped, stop_after):
+            return
+    loop.end()
+
+
+class _Loop:
+    """The state of `run_loop`, whose arguments these are."""
+
+    def __init__(
+        self,
+        task: Task,
+        folder: Path,
+        run: RunConfig,
+        log: RunLog,
+        health: Health,
+        callbacks: Sequence[Callback],
+        ranks: Ranks,
+    ) -> None:
+        self.task, self.folder, self.config, self.log = task, folder, run, log
+        self.health, self.callbacks, self.ranks = health, callbacks, ranks
+        self.step, self.first, self.clock = 0, 0, _Clock(0.0)
+        self.flushed = 0
+        self.begun: Checkpoint | None = None  # the state at the start, until a checkpoint is saved
+
+    def start(self, checkpoint: Checkpoint | None) -> None:
+        """Begin anew, or at a checkpoint."""
+        if checkpoint is not None:
+            self.task.load_state(checkpoint)
+            self.health.load_state(checkpoint.values.get("rollbacks", []))
+            self._apply()
+            self.step = checkpoint.step
+            self.clock = _Clock(float(checkpoint.values["seconds"]))
+            self.log.event(f"going on from step {self.step:,} ({checkpoint.path})")
+        elif self.config.health.rollback:
+            self.begun = _in_memory(*self.task.state())
+        self.first = self.flushed = self.step
+
+    def train(
+        self,
+        budget: BudgetConfig,
+        display: Callable[[float, float, int], None],
+        stopped: Sequence[str],
+        stop_after: int | None,
+    ) -> bool:
+        """Train until the budget is spent; returns whether it is."""
+        task, log, ranks, clock = self.task, self.log, self.ranks, self.clock
+        # at whole multiples of the interval, whatever stopped and continued the run in between
+        interval = 60 * self.config.checkpoint_minutes
+        save_at = (clock.seconds // interval + 1) * interval
         while True:
             seconds = clock.seconds
-            mine = [_progress(budget, step, seconds), seconds >= due]
-            mine += [seconds - last_drawn > 60 * run.sample_minutes]
-            progress, must_save, must_draw, must_stop = ranks.largest(
+            mine = [_progress(budget, self.step, seconds), seconds >= save_at]
+            mine += [callback.due(self.step, seconds) for callback in self.callbacks]
+            progress, must_save, *due, must_stop = ranks.largest(
                 [*(mine if ranks.is_first else [0.0] * len(mine)), bool(stopped)]
             )
-            display(progress, seconds, step)
+            display(progress, seconds, self.step)
             if must_stop:
-                if step > first:
-                    save()
+                if self.step > self.first:
+                    self._save()
                 by = stopped[0] if stopped else "a signal to another process"
-                log.event(f"stopped by {by} at step {step:,}; go on with --resume")
+                log.event(f"stopped by {by} at step {self.step:,}; go on with --resume")
                 raise KeyboardInterrupt
             if progress >= 1.0:
-                break
-            if stop_after is not None and step - first >= stop_after:
-                save()
-                log.event(f"stopped after {step - first:,} steps, at step {step:,}")
-                return
-            if must_save:
-                with clock.paused():
-                    save()
-                due = (clock.seconds // interval + 1) * interval
-            if must_draw:
-                with clock.paused():
-                    task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
-                last_drawn = clock.seconds
-            with ranks.told():
-                log.collect(task.train_step(step, progress))
-            step += 1
-            if step % run.log_steps == 0:
-                flush()
+                if self._save():
+                    return True
+                continue
+            if stop_after is not None and self.step - self.first >= stop_after:
+                if not self._save():
+                    continue
+                log.event(f"stopped after {stop_after:,} steps, at step {self.step:,}")
+                return False
             with clock.paused():
-                task.save_snapshot(folder / "ema")
-    save()
-    task.save_snapshot(folder / "ema", last=True)
-    task.export(folder / "model")
-    task.draw_samples(folder / "samples" / f"step-{step:07d}.png")
-    log.event(f"done after {step:,} steps and {clock.seconds / 60:.1f} minutes: {folder / 'model'}")
+                if must_save and not self._save():
+                    continue
+                if must_save:
+                    save_at = (clock.seconds // interval + 1) * interval
+                for callback, is_due in zip(self.callbacks, due, strict=True):
+                    if is_due:
+                        callback.run(self.step, clock.seconds)
+            step = self.step
+            with ranks.told():
+                log.collect(self.health.step(step, partial(task.train_step, step, progress)))
+            self.step += 1
+            if self.step % self.config.log_steps == 0 and not self._flush():
+                continue
+            with clock.paused():
+                task.save_snapshot(self.folder / "ema")
 
+    def end(self) -> None:
+        """Write the model, and what is drawn from it and said of it."""
+        self.task.save_snapshot(self.folder / "ema", last=True)
+        self.task.export(self.folder / "model")
+        for callback in self.callbacks:
+            callback.on_end(self.step)
+        minutes = self.clock.seconds / 60
+        model = self.folder / "model"
+        self.log.event(f"done after {self.step:,} steps and {minutes:.1f} minutes: {model}")
 
-def _check_finite(averages: Mapping[str, float], step: int, folder: Path) -> None:
-    for name, value in averages.items():
-        if not math.isfinite(value):
-            saved = list_checkpoints(folder / "checkpoints")
-            where = f"; the last checkpoint is {saved[-1]}" if saved else ""
-            raise TrainingError(
-                f"{name} is no longer a number at step {step}: lower optimizer.learning_rate, or"
-                f" set precision=float32{where}"
+    def _flush(self) -> bool:
+        """Write a row of the log; returns whether all is well, or else goes back."""
+        trouble = self.health.lost()
+        if trouble is None and self.log.waiting:
+            row = self.log.flush(
+                self.step, self.clock.seconds, self.task.images_per_step, self.task.gauges()
             )
+            with self.clock.paused():
+                trouble = self.health.observe(self.flushed, self.step, row)
+        self.flushed = self.step
+        if trouble is not None:
+            with self.clock.paused():
+                self._go_back(trouble)
+        return trouble is None
+
+    def _save(self) -> bool:
+        """Save a checkpoint, if all is well; or else go back, and return that it was not."""
+        if not self._flush():  # never push a good checkpoint out by one that is lost
+            return False
+        tensors, values = self.task.state()
+        values |= {"seconds": self.clock.seconds, "rollbacks": self.health.state()}
+        keep, place = self.config.keep_checkpoints, self.folder / "checkpoints"
+        save_checkpoint(place, self.step, tensors, values, keep, self.ranks)
+        self.begun = None
+        for callback in self.callbacks:
+            callback.on_checkpoint(self.step)
+        return True
+
+    def _go_back(self, trouble: Trouble) -> None:
+        """Go back to the last good state and on from there otherwise, or end with a report."""
+        health, task = self.health, self.task
+        good = self.begun
+        if good is None:
+            good, _ = newest_checkpoint(self.folder / "checkpoints", self.ranks, trouble.since)
+        samples: list[Sample] = []
+        if good is not None:
+            task.load_state(good)
+            self.log.restart()
+            if trouble.lost and can_leave_out(task.data, 1):
+                mine = task.faulty_samples(trouble.step)
+                samples = sorted({s for each in self.ranks.gather_values(mine) for s in each})
+        usable = can_leave_out(task.data, len(health.excluded | {index for index, _ in samples}))
+        if good is None or health.rollbacks or not self.config.health.rollback or not usable:
+            raise TrainingError(health.report(self.folder / "report.md", trouble, samples))
+        factor = 1.0 if samples else self.config.health.learning_rate_factor
+        done = Rollback(trouble.step, good.step, trouble.text, tuple(samples), factor)
+        health.go_back(done)
+        self._apply()
+        self.step = self.flushed = good.step
+        text = f"{trouble.text}. Gone back to step {done.to:,}, {done.remedy}"
+        self.log.warn(self.step, "rollback", text)
+        self._save()  # what comes after it is not gone on with, whatever happens now
+
+    def _apply(self) -> None:
+        """Train as the ways back say that were taken."""
+        self.task.rate = self.health.rate
+        self.task.exclude(self.health.excluded)
+
+
+def _in_memory(
+    tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]
+) -> Checkpoint:
+    """Return a state as a checkpoint in the processor's memory; shares stay where they are."""
+    kept = {
+        group: {
+            name: t.detach().clone() if isinstance(t, DTensor) else t.detach().to("cpu", copy=True)
+            for name, t in named.items()
+        }
+        for group, named in tensors.items()
+    }
+    return Checkpoint(0, kept, copy.deepcopy(dict(values)), Path("the start"))

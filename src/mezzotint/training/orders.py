@@ -1,5 +1,6 @@
 """What a run is trained on, and in which order: a pure function of (seed, position)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -18,10 +19,12 @@ from mezzotint.training.ranks import Ranks
 __all__ = [
     "BucketOrder",
     "ClassBalancedOrder",
+    "LeavingOut",
     "Order",
     "StreamOrder",
     "TrainingData",
     "build_order",
+    "can_leave_out",
     "drawn",
     "epoch_length",
     "load_stream_state",
@@ -130,7 +133,39 @@ class BucketOrder:
         return [index for number in numbers for index in batches[number]]
 
 
-def build_order(data: TrainingData, batch_size: int, seed: int) -> Order:
+class LeavingOut:
+    """An order without some of its images: in the place of one stands the next that is not one.
+
+    Args:
+        order: Of all images.
+        batch_size: Where a batch has images of one size alone, the replacement is of the same
+            batch; otherwise None.
+
+    Attributes:
+        excluded: Images that are left out.
+    """
+
+    def __init__(self, order: Order, batch_size: int | None = None) -> None:
+        self.order, self.batch_size = order, batch_size
+        self.excluded: frozenset[int] = frozenset()
+
+    def index(self, position: int) -> int:
+        """Return the image at a position; see `Order.index`."""
+        index = self.order.index(position)
+        if index not in self.excluded:
+            return index
+        if self.batch_size is None:
+            following = itertools.count(position + 1)
+        else:
+            first = position - position % self.batch_size
+            places = range(1, self.batch_size)
+            following = (first + (position - first + k) % self.batch_size for k in places)
+        chosen = (self.order.index(place) for place in following)
+        # where all of a batch are left out, there is nothing of its size to take
+        return next((k for k in chosen if k not in self.excluded), index)
+
+
+def build_order(data: TrainingData, batch_size: int, seed: int) -> LeavingOut:
     """Return the order that data's configuration asks for.
 
     Args:
@@ -142,9 +177,10 @@ def build_order(data: TrainingData, batch_size: int, seed: int) -> Order:
         DataError: If classes are to be balanced and an image has none.
     """
     if isinstance(data, ShardStream):
-        return StreamOrder()
+        return LeavingOut(StreamOrder())
     if isinstance(data, CaptionedImages) and data.bucket_sizes:
-        return BucketOrder([data.bucket(k) for k in range(len(data))], batch_size, seed)
+        buckets = [data.bucket(k) for k in range(len(data))]
+        return LeavingOut(BucketOrder(buckets, batch_size, seed), batch_size)
     if isinstance(data, CaptionedImages) and data.config.balance == "class":
         labels: list[int] = []
         for k in range(len(data)):
@@ -152,8 +188,8 @@ def build_order(data: TrainingData, batch_size: int, seed: int) -> Order:
             if label is None:
                 raise DataError(f"data.balance: {data.load(k).name} has no class to be balanced")
             labels.append(label)
-        return ClassBalancedOrder(labels, seed)
-    return DataOrder(len(data), seed)
+        return LeavingOut(ClassBalancedOrder(labels, seed))
+    return LeavingOut(DataOrder(len(data), seed))
 
 
 def open_training_data(config: AnyDataConfig, seed: int, batch_size: int) -> TrainingData:
@@ -170,6 +206,11 @@ def open_training_data(config: AnyDataConfig, seed: int, batch_size: int) -> Tra
     if isinstance(config, WebDatasetConfig) and config.stream:
         return ShardStream(config, seed, batch_size)
     return open_data(config)
+
+
+def can_leave_out(data: TrainingData, count: int) -> bool:
+    """Whether so many images can be left out: of a stream none, for its images have no index."""
+    return count == 0 or (not isinstance(data, ShardStream) and len(data) > 2 * count)
 
 
 def epoch_length(data: TrainingData) -> int:

@@ -82,8 +82,11 @@ def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor as it is, or this rank's share of it if ``like`` is sharded."""
-    if not isinstance(like, DTensor):
+    """Return a whole tensor as it is, or this rank's share of it if ``like`` is sharded.
+
+    A share stays as it is.
+    """
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     there = tensor.to(like.device)
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)

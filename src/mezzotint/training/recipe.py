@@ -29,6 +29,7 @@ from mezzotint.models.discriminator import PatchDiscriminatorConfig
 from mezzotint.models.perceptual import PerceptualConfig
 from mezzotint.models.unet import UNetConfig
 from mezzotint.training.ema import EMAConfig, WarmupEMAConfig
+from mezzotint.training.oversight import EvaluationConfig, HealthConfig
 
 __all__ = [
     "AdversarialConfig",
@@ -95,6 +96,9 @@ class RunConfig(Config):
         gradient_checkpointing: Compute the UNet's levels anew in the backward pass: less memory,
             about a third more time.
         compile: Let torch compile the network; minutes at the start for less time a step.
+        health: What is done about a run that goes wrong.
+        evaluation: Measure the model while it is trained, and keep the best.
+        wandb: A project of Weights & Biases, if its package is installed, for the log's numbers.
     """
 
     checkpoint_minutes: float = Field(default=5.0, gt=0)
@@ -104,6 +108,9 @@ class RunConfig(Config):
     sharding: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
+    health: HealthConfig = HealthConfig()
+    evaluation: EvaluationConfig | None = None
+    wandb: str | None = Field(default=None, min_length=1)
 
 
 class _RecipeBase(Document):

@@ -34,14 +34,17 @@ from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
 from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.caching import cache_sentences, open_latent_cache
+from mezzotint.training.callbacks import Callback, Evaluations, SampleSheets
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.health import Health
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, open_training_data
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
+from mezzotint.training.symptoms import Facts, before_training
 
 __all__ = ["load_recipe", "recipe_names", "stored_first_stage", "train"]
 
@@ -156,7 +159,7 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
     ranks.wait()
     log: RunLog | None = None
     try:
-        log = RunLog(folder, recipe.name, setting.console, ranks)
+        log = RunLog(folder, recipe.name, setting.console, ranks, recipe.run.wandb)
         for reason in execution.reasons:
             log.event(reason)
         if ranks.several:
@@ -184,6 +187,8 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
             budget=recipe.budget,
             run=recipe.run,
             log=log,
+            health=_health(recipe, task, setting, log),
+            callbacks=_callbacks(recipe, task, folder, setting, log),
             checkpoint=checkpoint,
             ranks=ranks,
             stop_after=stop_after,
@@ -201,6 +206,32 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
 
 def _tell_fault(log: RunLog, fault: Fault) -> None:
     log.event(f"skipped {fault.name}: {fault.reason}")
+
+
+def _health(recipe: Recipe, task: Task, setting: _Setting, log: RunLog) -> Health:
+    health = Health(
+        recipe.run.health,
+        log,
+        setting.execution,
+        images_per_step=task.images_per_step,
+        facts=Facts.of(recipe, epoch_length(task.data)),
+        compiled=recipe.run.compile,
+        ranks=setting.ranks,
+    )
+    for symptom in before_training(recipe, task.data):
+        health.warn(symptom, 0)
+    return health
+
+
+def _callbacks(
+    recipe: Recipe, task: Task, folder: Path, setting: _Setting, log: RunLog
+) -> list[Callback]:
+    callbacks: list[Callback] = [SampleSheets(task, folder, recipe.run.sample_minutes)]
+    config, device = recipe.run.evaluation, setting.execution.device
+    if config is not None:
+        evaluations = Evaluations(config, recipe, task, folder, log, device, setting.ranks)
+        callbacks.append(evaluations)
+    return callbacks
 
 
 def _check_share(recipe: Recipe, ranks: Ranks) -> None:
