@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.evaluation.card import EvaluationCard
 from mezzotint.evaluation.evaluate import evaluate
 from mezzotint.evaluation.protocol import Metric
-from mezzotint.evaluation.reference import Against
+from mezzotint.evaluation.reference import Against, RealPictures
 from mezzotint.models.features import metric_name
 from mezzotint.training.log import RunLog
 from mezzotint.training.oversight import EvaluationConfig
@@ -25,7 +26,15 @@ __all__ = ["Callback", "Evaluations", "Model", "SampleSheets"]
 _HIGHER: frozenset[Metric] = frozenset(
     {"inception_score", "precision", "recall", "density", "coverage", "retrieval", "psnr", "ssim"}
 )
+_LOOKED_AT = 8  # real pictures before training
 _PREFERRED: tuple[Metric, ...] = ("kid", "fid", "lpips")
+
+
+def _preferred(metrics: Sequence[Metric]) -> Metric:
+    for metric in _PREFERRED:
+        if metric in metrics:
+            return metric
+    return metrics[0]
 
 
 class Callback(Protocol):
@@ -117,6 +126,7 @@ class Evaluations:
 
     Raises:
         ConfigError: If the protocol does not fit, or it is not said what to compare with.
+        DataError: If there are no such pictures.
     """
 
     def __init__(
@@ -133,9 +143,7 @@ class Evaluations:
         self.log, self.device, self.ranks = log, device, ranks
         first_stage = isinstance(recipe, AutoencoderRecipe)
         self.protocol = config.protocol_for(first_stage=first_stage)
-        chosen: Metric = config.metric or next(
-            (m for m in _PREFERRED if m in self.protocol.metrics), self.protocol.metrics[0]
-        )
+        chosen = config.metric or _preferred(self.protocol.metrics)
         self.higher = chosen in _HIGHER
         plain = chosen in ("rate", "psnr", "ssim")
         network = self.protocol.network_of(chosen)
@@ -146,6 +154,9 @@ class Evaluations:
                 "run.evaluation.against: say which pictures to compare with, a folder or"
                 f" emoji:SPLIT; data of kind {data.kind!r} cannot be"
             )
+        # a wrong path is to be told now, not at the first evaluation
+        split = self.protocol.reference_split
+        RealPictures(self.against, config.split, split, limit=_LOOKED_AT).open(None)
         self._due_at: float | None = None
         self._measured: int | None = None
 
@@ -160,8 +171,10 @@ class Evaluations:
     def due(self, step: int, seconds: float) -> bool:
         """Whether it is time to measure."""
         config = self.config
+        if self._measured is None:
+            self._measured = step  # where a run begins, or goes on, is not measured
         if config.every_steps is not None:
-            return step > 0 and step % config.every_steps == 0 and step != self._measured
+            return step % config.every_steps == 0 and step != self._measured
         assert config.every_minutes is not None
         interval = 60 * config.every_minutes
         if self._due_at is None:
@@ -219,7 +232,7 @@ class Evaluations:
                 **options,
             )
         except MezzotintError as error:
-            # it costs the run nothing but its numbers; at the first one, one is there to see it
+            # it costs the run nothing but its numbers
             self.log.warn(step, "evaluation", f"step {step:,} cannot be evaluated: {error}")
             return
         finally:

@@ -31,7 +31,7 @@ _SHOWN = {
 }
 
 
-def _open_tracker(project: str, title: str, folder: Path) -> Any:
+def _open_tracker(project: str, title: str, folder: Path, ranks: Ranks) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
@@ -39,6 +39,9 @@ def _open_tracker(project: str, title: str, folder: Path) -> Any:
             f"run.wandb: {project}: the package wandb is not installed ({error}); install it with"
             " pip install wandb, or leave run.wandb out"
         ) from None
+    if not ranks.is_first:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(project=project, name=title, dir=str(folder))
 
 
@@ -80,6 +83,8 @@ class RunLog:
         self.title, self.ranks = title, ranks
         self.console = console if ranks.is_first else Console(quiet=True)
         text = metrics = Path(os.devnull)
+        # before any file is opened: it may not be installed
+        self._tracker = None if wandb is None else _open_tracker(wandb, title, folder, ranks)
         if ranks.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             text, metrics = folder / "log.txt", folder / "metrics.jsonl"
@@ -88,9 +93,6 @@ class RunLog:
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._last: tuple[int, float] | None = None
         self._shown: dict[str, float] = {}
-        self._tracker: Any = None
-        if wandb is not None and ranks.is_first:
-            self._tracker = _open_tracker(wandb, title, folder)
         self.peak_seconds: float | None = None
 
     @staticmethod
