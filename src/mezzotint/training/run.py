@@ -41,7 +41,7 @@ from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.health import Health
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
-from mezzotint.training.orders import TrainingData, open_training_data
+from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
 from mezzotint.training.symptoms import Facts, before_training
