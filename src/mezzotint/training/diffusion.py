@@ -1,8 +1,8 @@
-"""Training epsilon_theta and tau_theta in the latent space of a frozen first stage."""
+"""Training epsilon_theta and tau_theta, or a part, in the latent space of a frozen first stage."""
 
 import contextlib
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches, DataOrder
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.conditions import ConditionMaker, Told
-from mezzotint.training.ema import ExponentialMovingAverage
+from mezzotint.training.ema import ConstantEMAConfig, ExponentialMovingAverage
+from mezzotint.training.finetune_data import Pairs
+from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -43,9 +45,34 @@ from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.snapshots import save_if_due
 
-__all__ = ["DiffusionTask"]
+__all__ = ["DiffusionTask", "Trained"]
 
 _PREVIEWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What of a model is trained, and what is written in the end.
+
+    Attributes:
+        module: Its parameters are trained, averaged and saved; they are parameters of the model.
+        groups: Some of them, and the peak of their learning rate.
+        export: Called with the model, of averaged weights, and the folder to write into.
+    """
+
+    module: nn.Module
+    groups: tuple[tuple[tuple[nn.Parameter, ...], float], ...]
+    export: Callable[[LatentDiffusion, Path], None]
+
+
+def _jointly(model: LatentDiffusion, recipe: DiffusionRecipe | FinetuneRecipe) -> Trained:
+    """The UNet and the conditioner (paper, eq. 2 and 3)."""
+    rate = recipe.optimizer.learning_rate
+    groups = [(tuple(model.unet.parameters()), rate)]
+    if conditioner := tuple(model.conditioner.parameters()):
+        groups.append((conditioner, recipe.conditioner_learning_rate or rate))
+    module = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
+    return Trained(module, tuple(groups), save_model)
 
 
 @dataclass(frozen=True)
@@ -56,19 +83,31 @@ class _Batch:
     drop_spatial: Tensor  # (B,) bool
     t: Tensor  # (B,) int64
     seeds: list[int]
+    weights: Tensor | None  # (B,) float32
 
 
 class _Loss(nn.Module):
     """What a step minimises (paper, eq. 2 and 3), as one module: torch's engines wrap modules."""
 
     def __init__(
-        self, model: LatentDiffusion, recipe: DiffusionRecipe, execution: Execution
+        self,
+        model: LatentDiffusion,
+        trained: nn.Module,
+        recipe: DiffusionRecipe | FinetuneRecipe,
+        execution: Execution,
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.execution = model, recipe, execution
+        self.trained = trained  # the vectors of a new word are no parameters of the model itself
 
     def forward(
-        self, z: Tensor, t: Tensor, noise: Tensor, inputs: ConditionInputs, drop: list[Tensor]
+        self,
+        z: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        inputs: ConditionInputs,
+        drop: list[Tensor],
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of a batch of latents ``(B, C, h, w)``."""
         model, recipe = self.model, self.recipe
@@ -84,33 +123,41 @@ class _Loss(nn.Module):
                 weighting=recipe.weighting,
                 deviation=recipe.deviation,
             )
-        return losses.mean()
+        return losses.mean() if weights is None else (losses * weights).mean()
 
 
 class DiffusionTask:
-    """Trains the UNet and the conditioner jointly (paper, eq. 2 and 3).
+    """Trains the UNet and the conditioner jointly (paper, eq. 2 and 3), or what is chosen of them.
 
     Args:
         recipe: What to train.
-        model: Untrained UNet and conditioner around a trained first stage.
+        model: UNet and conditioner around a trained first stage.
         data: The images and what is said of them.
         cache: Their latents, or None to encode every batch anew.
         execution: Device and precision.
         ranks: This process among the others of the run.
+        choose: Says what of the model, on its device, is trained; by default all.
+        base: What identifies the model that is trained further, if it is trained already.
+        pairs: The order of samples, of which each has its like beside it.
     """
 
     def __init__(
         self,
-        recipe: DiffusionRecipe,
+        recipe: DiffusionRecipe | FinetuneRecipe,
         model: LatentDiffusion,
         data: ImageData,
         cache: LatentCache | None,
         execution: Execution,
         ranks: Ranks = ALONE,
+        *,
+        choose: Callable[[LatentDiffusion], Trained] | None = None,
+        base: str | None = None,
+        pairs: Pairs | None = None,
     ) -> None:
         self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
-        self.ranks = ranks
-        self.inputs = _inputs(model, data)
+        self.ranks, self.pairs = ranks, pairs
+        self.batch_size = recipe.batch_size * (1 if pairs is None else 2)
+        self.inputs = _inputs(model, data) | ({} if base is None else {"base": base})
         self.sharded = recipe.run.sharding and ranks.several
         # what is drawn and written: sharded weights are gathered into it, by the first rank alone
         self.plain = copy.deepcopy(model) if self.sharded and ranks.is_first else model
@@ -123,15 +170,15 @@ class DiffusionTask:
             self.model.unet.compile()
         if self.sharded:
             shard(self.model)
-        self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
-        rate = recipe.optimizer.learning_rate
-        groups: list[dict[str, Any]] = [{"params": list(model.unet.parameters()), "lr": rate}]
-        if conditioner := list(model.conditioner.parameters()):
-            own = recipe.conditioner_learning_rate or rate
-            groups.append({"params": conditioner, "lr": own})
+        chosen = choose(self.model) if choose is not None else _jointly(self.model, recipe)
+        self.trained, self.write = chosen.module, chosen.export
+        groups = [{"params": list(parameters), "lr": rate} for parameters, rate in chosen.groups]
         self.optimizer = build_optimizer(groups, recipe.optimizer)
-        self.ema = ExponentialMovingAverage(self.trained, recipe.average)
-        self.order = DataOrder(len(data), recipe.seed)
+        average = recipe.average
+        # of nothing where none is wanted: the weights are then drawn from as they stand
+        averaged = nn.Module() if average is None else self.trained
+        self.ema = ExponentialMovingAverage(averaged, average or ConstantEMAConfig())
+        self.order = pairs or DataOrder(len(data), recipe.seed)
         self.conditions = ConditionMaker(
             model,
             data,
@@ -140,7 +187,9 @@ class DiffusionTask:
             masks=recipe.masks,
         )
         self.loss = Parallel(
-            _Loss(self.model, recipe, execution), ranks, replicated=not self.sharded
+            _Loss(self.model, self.trained, recipe, execution),
+            ranks,
+            replicated=not self.sharded,
         )
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
@@ -148,7 +197,7 @@ class DiffusionTask:
     @property
     def images_per_step(self) -> int:
         """Images that one optimizer step sees."""
-        return self.recipe.batch_size * self.recipe.accumulate
+        return self.batch_size * self.recipe.accumulate
 
     def _make_batch(self, step: int) -> _Batch:
         recipe, model = self.recipe, self.model
@@ -158,7 +207,8 @@ class DiffusionTask:
         drop_spatial: list[bool] = []
         times: list[int] = []
         seeds: list[int] = []
-        for position in positions_of(step, recipe.batch_size, recipe.accumulate, self.ranks):
+        positions = positions_of(step, self.batch_size, recipe.accumulate, self.ranks)
+        for position in positions:
             index = self.order.index(position)
             generator = keyed_generator(recipe.seed, 0xDA7A, position)
             if self.cache is None:
@@ -184,6 +234,7 @@ class DiffusionTask:
             drop_spatial=torch.tensor(drop_spatial),
             t=torch.tensor(times),
             seeds=seeds,
+            weights=None if self.pairs is None else self.pairs.weights(positions),
         )
 
     def _latents(self, batch: Tensor, seeds: list[int]) -> Tensor:
@@ -206,7 +257,7 @@ class DiffusionTask:
         self.model.train()
         batch = self.batches.get(step)
         total: Tensor | float = 0.0
-        each = recipe.batch_size // self.ranks.world
+        each = self.batch_size // self.ranks.world
         for number in range(recipe.accumulate):
             part = slice(number * each, (number + 1) * each)
             with self.loss.part(last=number == recipe.accumulate - 1):
@@ -228,7 +279,8 @@ class DiffusionTask:
         drop = [batch.drop[part]]
         if isinstance(self.model.conditioner, HybridConditioner):
             drop.append(batch.drop_spatial[part])
-        return self.loss(z, batch.t[part].to(device), noise, inputs, drop)
+        weights = None if batch.weights is None else batch.weights[part].to(device)
+        return self.loss(z, batch.t[part].to(device), noise, inputs, drop, weights)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return everything that a resumed run needs."""
@@ -250,8 +302,9 @@ class DiffusionTask:
             ("first_stage", "the autoencoder, or the statistics of its latents,"),
             ("classes", "the classes of the data"),
             ("data", "the images, or what is said of them,"),
+            ("base", "the base model"),
         ):
-            if saved[name] != self.inputs[name]:
+            if saved.get(name) != self.inputs.get(name):
                 raise TrainingError(
                     f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
                     " back as they were, or start anew with another --output"
@@ -316,7 +369,7 @@ class DiffusionTask:
         with self._averaged() as model:
             if self.ranks.is_first:
                 model.eval()
-                save_model(model, folder)
+                self.write(model, folder)
 
 
 def _inputs(model: LatentDiffusion, data: ImageData) -> dict[str, Any]:

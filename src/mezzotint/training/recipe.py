@@ -36,7 +36,8 @@ __all__ = [
     "DiffusionRecipe",
     "EncodedFirstStage",
     "OptimizerConfig",
-    "Recipe",
+    "RecipeBase",
+    "RunConfig",
     "TrainedFirstStage",
 ]
 
@@ -104,8 +105,8 @@ class RunConfig(Config):
     compile: bool = False
 
 
-class _RecipeBase(Document):
-    """What both kinds of recipes say.
+class RecipeBase(Document):
+    """What recipes of every kind say.
 
     Attributes:
         ema: The averages of the weights; the first is drawn from and exported.
@@ -194,7 +195,7 @@ class AutoencoderLossConfig(Config):
         return self
 
 
-class AutoencoderRecipe(_RecipeBase):
+class AutoencoderRecipe(RecipeBase):
     """How to train a first stage (paper, section 3.1)."""
 
     kind: Literal["autoencoder"] = "autoencoder"
@@ -274,7 +275,7 @@ EncodedFirstStage = Annotated[
 ]
 
 
-class DiffusionRecipe(_RecipeBase):
+class DiffusionRecipe(RecipeBase):
     """How to train a latent diffusion model (paper, section 3.2 and 3.3).
 
     Attributes:
@@ -377,6 +378,3 @@ class DiffusionRecipe(_RecipeBase):
                 f"unet.in_channels is {self.unet.in_channels}; expected {latent + extra}: {latent}"
                 f" of the noisy latent (unet.out_channels){told}"
             )
-
-
-Recipe = AutoencoderRecipe | DiffusionRecipe

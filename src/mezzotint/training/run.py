@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,19 @@ from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.finetune import finetune_task
+from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
-from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, TrainedFirstStage
 
 __all__ = ["load_recipe", "recipe_names", "train"]
 
-_KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe]] = {
+_KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe] | type[FinetuneRecipe]] = {
     "autoencoder": AutoencoderRecipe,
     "diffusion": DiffusionRecipe,
+    "finetune": FinetuneRecipe,
 }
 # what may differ between a run and its continuation without making it another run
 _CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
@@ -165,6 +169,9 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
             log.event(f"skipped {fault.name}: {fault.reason}")
         if isinstance(recipe, AutoencoderRecipe):
             task: Task = AutoencoderTask(recipe, data, execution, ranks)
+        elif isinstance(recipe, FinetuneRecipe):
+            encode = partial(_cached_latents, recipe, folder, setting, log)
+            task = finetune_task(recipe, data, folder, execution, ranks, log, encode)
         else:
             task = _diffusion_task(recipe, data, folder, setting, log)
         checkpoint, damaged = newest_checkpoint(folder / "checkpoints", ranks)
@@ -258,20 +265,7 @@ def _diffusion_task(
     _check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder, ranks)
-    cache: LatentCache | None = None
-    if recipe.latent_variants:
-        log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
-        for turn in (ranks.is_first, not ranks.is_first):  # the others read what the first wrote
-            if turn:
-                cache = build_latent_cache(
-                    data,
-                    first_stage,
-                    variants=recipe.latent_variants,
-                    seed=recipe.seed,
-                    folder=folder / "latents",
-                    device=execution.device,
-                )
-            ranks.wait()
+    cache = _cached_latents(recipe, folder, setting, log, data, first_stage)
     torch.manual_seed(mix(recipe.seed, 0x1217))
     model = LatentDiffusion(
         first_stage,
@@ -282,6 +276,33 @@ def _diffusion_task(
         (recipe.data.resolution, recipe.data.resolution),
     )
     return DiffusionTask(recipe, model, data, cache, execution, ranks)
+
+
+def _cached_latents(
+    recipe: DiffusionRecipe | FinetuneRecipe,
+    folder: Path,
+    setting: _Setting,
+    log: RunLog,
+    data: ImageData,
+    first_stage: FirstStage,
+) -> LatentCache | None:
+    """Encode the data, if the recipe says so; the others read what the first rank wrote."""
+    ranks = setting.ranks
+    cache: LatentCache | None = None
+    if recipe.latent_variants:
+        log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
+        for turn in (ranks.is_first, not ranks.is_first):
+            if turn:
+                cache = build_latent_cache(
+                    data,
+                    first_stage,
+                    variants=recipe.latent_variants,
+                    seed=recipe.seed,
+                    folder=folder / "latents",
+                    device=setting.execution.device,
+                )
+            ranks.wait()
+    return cache
 
 
 def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
