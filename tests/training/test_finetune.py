@@ -292,6 +292,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text_run", {"caption_templates": ["a {thing}"]}, "no fields but {caption} and {token}"),
     ("text_run", {"data": {**NOTO, "resolution": 33}}, "33 is not divisible by the base model's"),
     ("text_run", {"run": {"sharding": True}}, "run.sharding is for method 'full'"),
+    ("text_run", {"ema": {"kind": "power"}}, "ema: power functions are for method 'full'"),
     ("class_run", {"prior": {"prompt": "a"}}, "prior: is for models that want a prompt"),
     ("class_run", {"components": BOTH}, "the model's conditioner has no attention"),
     ("class_run", {"data": {**NOTO, "labels": "concept"}}, "number them alike"),

@@ -228,6 +228,11 @@ class FinetuneRecipe(RecipeBase):
             raise ValueError("components: textual inversion trains nothing but the token")
         if self.run.sharding and self.method != "full":
             raise ValueError(f"run.sharding is for method 'full'; {self.method!r} trains little")
+        if self.method != "full" and self.ema is not None and self.ema.kind == "power":
+            raise ValueError(
+                f"ema: power functions are for method 'full'; of what {self.method!r} trains no"
+                " average is made afterwards"
+            )
         with_token = [t for t in self.templates if "{token}" in t]
         if inversion and len(with_token) < len(self.templates):
             raise ValueError("caption_templates: each needs {token}, which is what is trained")
