@@ -34,31 +34,11 @@ from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.log import RunLog
 from mezzotint.training.lora import LORA_FILE
 from mezzotint.training.ranks import ALONE
-from mezzotint.training.run import train
 
 QUIET = Console(quiet=True)
 NOTO = {"kind": "emoji", "style": "noto", "subset": "demo-48", "resolution": 32}
 BOTH = ["unet", "conditioner"]
 TOKEN = {"word": "<ink>", "initial": "ab", "vectors": 3}
-
-
-def recipe(base: Path, **changes: Any) -> FinetuneRecipe:
-    values: dict[str, Any] = {
-        "kind": "finetune",
-        "name": "tiny-finetune",
-        "base": str(base),
-        "data": NOTO,
-        "precision": "float32",
-        "batch_size": 4,
-        "sample_steps": 2,
-        "optimizer": {"learning_rate": 1e-2},
-        "budget": {"max_steps": 3},
-    }
-    return FinetuneRecipe.from_dict(values | changes)
-
-
-def tuned(base: Path, folder: Path, resume: bool = False, **changes: Any) -> Path:
-    return train(recipe(base, **changes), output=folder, console=QUIET, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +55,10 @@ def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def native_lora(text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_lora(tiny, text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora = {"rank": 2, "alpha": 4.0}
     folder = tmp_path_factory.mktemp("native") / "run"
-    return tuned(text_run, folder, components=BOTH, lora=lora)
+    return tiny.train(tiny.finetune(text_run, components=BOTH, lora=lora), folder)
 
 
 @torch.no_grad()
@@ -142,8 +122,9 @@ def test_a_native_model_draws_with_it(text_run, native_lora):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_lora_of_a_public_model_loads_in_diffusers(clip_base, tmp_path):
-    run = tuned(clip_base, tmp_path / "run", components=BOTH, weighting="min_snr")
+def test_a_lora_of_a_public_model_loads_in_diffusers(tiny, clip_base, tmp_path):
+    asked = tiny.finetune(clip_base, components=BOTH, weighting="min_snr")
+    run = tiny.train(asked, tmp_path / "run")
     base = load_any(clip_base).model.eval()
     AdapterSet(base).apply(read_lora(run / "model"))
     theirs = StableDiffusionPipeline.from_pretrained(clip_base, safety_checker=None)
@@ -160,9 +141,9 @@ def test_a_lora_of_a_public_model_loads_in_diffusers(clip_base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_new_word_is_learned_and_loads_everywhere(clip_base, tmp_path):
-    told: dict[str, Any] = {"method": "textual_inversion", "token": TOKEN}
-    run = tuned(clip_base, tmp_path / "run", **told)
+def test_a_new_word_is_learned_and_loads_everywhere(tiny, clip_base, tmp_path):
+    asked = tiny.finetune(clip_base, method="textual_inversion", token=TOKEN)
+    run = tiny.train(asked, tmp_path / "run")
     learned = load_embedding(run / "model" / "learned_embeds.safetensors")
     assert (learned.word, learned.vectors.shape) == ("<ink>", (3, 16))
     base = load_any(clip_base).model
@@ -183,7 +164,7 @@ def test_a_new_word_is_learned_and_loads_everywhere(clip_base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "prior", "full", "inversion"])
-def test_resumed_equals_uninterrupted(request, tmp_path, kind):
+def test_resumed_equals_uninterrupted(tiny, request, tmp_path, kind):
     base, changes = {
         "lora": (
             "text_run",
@@ -197,9 +178,10 @@ def test_resumed_equals_uninterrupted(request, tmp_path, kind):
         "inversion": ("clip_base", {"method": "textual_inversion", "token": TOKEN}),
     }[kind]
     path = request.getfixturevalue(base)
-    whole = tuned(path, tmp_path / "whole", **changes, budget={"max_steps": 3})
-    part = tuned(path, tmp_path / "part", **changes, budget={"max_steps": 1})
-    tuned(path, part, resume=True, **changes, budget={"max_steps": 3})
+    whole = tiny.train(tiny.finetune(path, **changes), tmp_path / "whole")
+    first = tiny.finetune(path, **changes, budget={"max_steps": 1})
+    part = tiny.train(first, tmp_path / "part")
+    tiny.train(tiny.finetune(path, **changes), part, resume=True)
     a, b = (newest_checkpoint(run / "checkpoints")[0] for run in (whole, part))
     assert a is not None and b is not None and a.step == b.step == 3
     assert a.tensors["weights"]
@@ -212,7 +194,7 @@ def test_resumed_equals_uninterrupted(request, tmp_path, kind):
         assert file.read_bytes() == (part / file.relative_to(whole)).read_bytes(), file.name
 
 
-def test_nothing_is_trained_but_what_is_asked_for(request, tmp_path):
+def test_nothing_is_trained_but_what_is_asked_for(tiny, request, tmp_path):
     """Of two steps the weights of the model move that the recipe names, and no bit of any other."""
     for base, changes, moving in (
         ("text_run", {"method": "full"}, {"unet"}),
@@ -221,7 +203,7 @@ def test_nothing_is_trained_but_what_is_asked_for(request, tmp_path):
         ("clip_base", {"method": "textual_inversion", "token": TOKEN}, set()),
     ):
         path = request.getfixturevalue(base)
-        asked = recipe(path, weighting="min_snr", **changes)
+        asked = tiny.finetune(path, weighting="min_snr", **changes)
         task = started(asked, tmp_path / f"{base}-{len(moving)}")
         before = {name: t.clone() for name, t in task.model.state_dict().items()}
         trained = {id(p) for p in task.trained.parameters()}
@@ -247,9 +229,9 @@ def started(asked: FinetuneRecipe, folder: Path) -> DiffusionTask:
     return task
 
 
-def test_the_prior_is_drawn_once_and_weighs_as_it_is_told(text_run, tmp_path):
+def test_the_prior_is_drawn_once_and_weighs_as_it_is_told(tiny, text_run, tmp_path):
     prior = {"prompt": "a cat", "count": 3, "steps": 2, "weight": 0.5}
-    asked = recipe(text_run, prior=prior, batch_size=2)
+    asked = tiny.finetune(text_run, prior=prior, batch_size=2)
     task = started(asked, tmp_path)
     paths = sorted(tmp_path.rglob("prior/*/*.png"))
     assert len(paths) == 3 and task.images_per_step == 4
@@ -276,7 +258,7 @@ def test_the_prior_is_drawn_once_and_weighs_as_it_is_told(text_run, tmp_path):
     assert whole == pytest.approx(losses[0] + 0.5 * losses[1], rel=1e-5)
     for one in (task, again):
         one.batches.close()
-    other = started(recipe(text_run, prior={**prior, "prompt": "a dog"}), tmp_path)
+    other = started(tiny.finetune(text_run, prior={**prior, "prompt": "a dog"}), tmp_path)
     assert len(list(tmp_path.rglob("prior/*/*.png"))) == 6
     other.batches.close()
 
@@ -300,25 +282,27 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("base", "changes", "told"), REFUSED)
-def test_what_does_not_fit_is_refused(request, tmp_path, base, changes, told):
+def test_what_does_not_fit_is_refused(tiny, request, tmp_path, base, changes, told):
     path = request.getfixturevalue(base)
     with pytest.raises(ConfigError, match=told):
-        tuned(path, tmp_path / "run", **changes)
+        tiny.train(tiny.finetune(path, **changes), tmp_path / "run")
 
 
-def test_another_base_cannot_continue_a_run(text_run, class_run, tmp_path):
+def test_another_base_cannot_continue_a_run(tiny, text_run, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(text_run / "model", base)
-    run = tuned(base, tmp_path / "run")
+    run = tiny.train(tiny.finetune(base, budget={"max_steps": 1}), tmp_path / "run")
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights)
     with pytest.raises(TrainingError, match="the base model changed since this checkpoint"):
-        tuned(base, run, resume=True, budget={"max_steps": 9})
+        tiny.train(tiny.finetune(base, budget={"max_steps": 9}), run, resume=True)
 
 
-def test_captions_come_from_templates(text_run, tmp_path):
-    data = CaptionedData(open_data(recipe(text_run).data), ("{caption}", "a {token}"), "<ink>")
+def test_captions_come_from_templates(tiny, text_run, tmp_path):
+    data = CaptionedData(
+        open_data(tiny.finetune(text_run).data), ("{caption}", "a {token}"), "<ink>"
+    )
     assert data.describe(0).caption == "red apple"
     said = {data.describe(0, keyed_generator(k)).caption for k in range(12)}
     assert "a <ink>" in said and len(said) > 2
@@ -327,4 +311,4 @@ def test_captions_come_from_templates(text_run, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     folder = {"kind": "folder", "path": str(tmp_path), "resolution": 32}
     with pytest.raises(DataError, match="no captions for '{caption}': give data.caption_column"):
-        tuned(text_run, tmp_path / "run", data=folder)
+        tiny.train(tiny.finetune(text_run, data=folder), tmp_path / "run")
