@@ -212,6 +212,7 @@ def test_nothing_is_trained_but_what_is_asked_for(tiny, request, tmp_path):
         for step in range(2):
             task.train_step(step, step / 2)
         task.batches.close()
+        assert task.model.conditioner.training == ("conditioner" in asked.components)
         moved = {
             name.split(".")[0]
             for name, tensor in task.model.state_dict().items()

@@ -254,7 +254,8 @@ class DiffusionTask:
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
         factor = learning_rate_factor(recipe.optimizer, step, progress)
-        self.model.train()
+        for network in (self.model.unet, self.model.conditioner):  # dropout is for what is trained
+            network.train(any(p.requires_grad for p in network.parameters()))
         batch = self.batches.get(step)
         total: Tensor | float = 0.0
         each = self.batch_size // self.ranks.world
