@@ -14,6 +14,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 from mezzotint.training.run import train
 
@@ -56,6 +57,18 @@ DIFFUSION: dict[str, Any] = {
     "budget": {"max_steps": 4},
 }
 
+FINETUNE: dict[str, Any] = {
+    "kind": "finetune",
+    "name": "tiny-finetune",
+    "base": "set by the test",
+    "data": {"kind": "emoji", "style": "noto", "subset": "demo-48", "resolution": 32},
+    "precision": "float32",
+    "batch_size": 4,
+    "sample_steps": 2,
+    "optimizer": {"learning_rate": 1e-2},
+    "budget": {"max_steps": 3},
+}
+
 QUIET = Console(quiet=True)
 
 
@@ -83,6 +96,9 @@ class Tiny:
     def diffusion(self, **changes: Any) -> DiffusionRecipe:
         return DiffusionRecipe.from_dict(self._diffusion(changes))
 
+    def finetune(self, base: Path, **changes: Any) -> FinetuneRecipe:
+        return FinetuneRecipe.from_dict(merged(FINETUNE, {"base": str(base)} | _dotted(changes)))
+
     def _diffusion(self, changes: dict[str, Any]) -> dict[str, Any]:
         where = {"first_stage.path": str(self.autoencoder_run)}
         return merged(DIFFUSION, where | _dotted(changes))
@@ -96,7 +112,7 @@ class Tiny:
         path.write_text(yaml.safe_dump(data))
         return path
 
-    def train(self, recipe: AutoencoderRecipe | DiffusionRecipe, folder: Path, **options: Any):
+    def train(self, recipe: Recipe, folder: Path, **options: Any):
         return train(recipe, output=folder, console=QUIET, **options)
 
 

@@ -15,7 +15,7 @@ from mezzotint.training.ema import (
     WarmupEMAConfig,
 )
 from mezzotint.training.optimizer import learning_rate_factor
-from mezzotint.training.recipe import AutoencoderRecipe, OptimizerConfig
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, OptimizerConfig
 from mezzotint.training.run import load_recipe, recipe_names
 
 
@@ -26,9 +26,11 @@ def test_every_shipped_recipe_is_valid_and_builds(name, tmp_path):
         if isinstance(recipe, AutoencoderRecipe):
             builder = AutoencoderKL if recipe.model.kind == "kl" else VQModel
             parameters = sum(p.numel() for p in builder(recipe.model).parameters())
-        else:
+        elif isinstance(recipe, DiffusionRecipe):
             parameters = sum(p.numel() for p in UNet(recipe.unet).parameters())
-    assert parameters > 1_000_000
+        else:  # whose networks are those of a model that it names
+            parameters = None
+    assert parameters is None or parameters > 1_000_000
     assert recipe.name == name
     written = tmp_path / "recipe.yaml"
     written.write_text(to_yaml(recipe))

@@ -15,6 +15,7 @@ __all__ = ["VARIABLE", "adapter_folders", "find_adapter", "load_adapter"]
 VARIABLE = "MEZZOTINT_ADAPTERS"
 _DEFAULT = Path("adapters")
 _SUFFIXES = (".safetensors", *PICKLES)
+_EMBEDDING = "learned_embeds.safetensors"
 _KEPT = 4  # adapters in memory; those of public models have 2 to 150 MB
 
 
@@ -31,16 +32,18 @@ def find_adapter(name: str, folders: Sequence[Path] | None = None) -> Path:
     """Find an adapter.
 
     Args:
-        name: The path of a file or of an adapter's folder; or a name in the folders, with or
-            without suffix, with or without the sub-folder that it lies in.
+        name: The path of a file, of an adapter's folder or of the run that trained it; or a name
+            in the folders, with or without suffix, with or without the sub-folder that it lies in.
         folders: Where to look, the first one first; by default `adapter_folders`.
 
     Raises:
         RequestError: If there is none, or several of that name in one folder; or if the name leads
             out of the folders.
     """
-    if _is_adapter(Path(name)):
-        return Path(name)
+    trained = Path(name) / "model"
+    for path in (Path(name), trained, trained / _EMBEDDING):
+        if _is_adapter(path):
+            return path
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
         if ".." in flavour.parts or flavour.is_absolute() or flavour.drive:
             raise RequestError(

@@ -58,11 +58,11 @@ def _single_file(path: Path) -> Path:
 
 def _instead(path: Path) -> str:
     """What a folder holds that is no model."""
+    if any((folder / name).is_file() for folder in (path, path / "model") for name in _OF_ADAPTERS):
+        return "this is an adapter and no model; give it with --adapter beside a model"
     if (path / "checkpoints").is_dir():
         return "this run is not finished; go on with mezzotint train … --resume"
     files = sorted(p.name for p in path.iterdir() if p.suffix in SINGLE_FILES and p.is_file())
-    if any((path / name).is_file() for name in _OF_ADAPTERS):
-        return "this is an adapter and no model; give it with --adapter beside a model"
     if (path / "config.json").is_file():
         parent = f"; the model is {path.parent}" if (path.parent / INDEX).is_file() else ""
         return f"this is one component of a model{parent}"

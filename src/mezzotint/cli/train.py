@@ -36,7 +36,7 @@ def train(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
-    """Train an autoencoder or a diffusion model from a recipe; under torchrun, in parallel."""
+    """Train or fine-tune a model by a recipe, or an autoencoder; under torchrun, in parallel."""
     if verify:
         from mezzotint.training.verify import verify_resume
 

@@ -201,6 +201,29 @@ class ClipConditioner(Conditioner):
             raise RequestError(f"no embedding is called {word!r}; {nearest(word, self._words)}")
         self._know({other: self._words[other] for other in self._words if other != word})
 
+    @torch.no_grad()
+    def vectors_of(self, text: str) -> Tensor:
+        """Return the vocabulary's vectors of a text's tokens, ``(n, d)``."""
+        vocabulary = cast(Any, self.text_model).embeddings.token_embedding
+        ids = torch.tensor(self._plain_ids(text), dtype=torch.long)
+        return vocabulary.weight[ids.to(vocabulary.weight.device)].clone()
+
+    def train_word(self, word: str) -> nn.Parameter:
+        """Make the vectors of an added word a parameter, and return it, ``(n, d)``.
+
+        It is none of the module's own, and no other word may be added or removed as long as it is
+        trained. What stands in `settings` stays what was added.
+
+        Args:
+            word: The only one that was added.
+        """
+        assert self.words == (word,), "one word at a time is trained"
+        vocabulary = cast(Any, self.text_model).embeddings.token_embedding
+        trained = nn.Parameter(vocabulary.added.to(vocabulary.weight, copy=True))
+        # past the module, whose state is the published weights
+        vocabulary.__dict__["added"] = trained
+        return trained
+
     def _know(self, words: dict[str, Tensor]) -> None:
         """Find these words from now on, the longer ones first."""
         ordered = sorted(words, key=lambda word: (-len(_key(word)), word))

@@ -157,7 +157,7 @@ class Pipeline:
                 " scale of guidance at every noise level"
             )
         if not isinstance(main_conditioner(self.model.conditioner), ClipConditioner):
-            for name, plain in (("clip_skip", 1), ("emphasis", "original"), ("adapters", ())):
+            for name, plain in (("clip_skip", 1), ("emphasis", "original")):
                 if getattr(request, name) != plain:
                     raise RequestError(
                         f"{self.name}: {name} is for models with a CLIP text encoder; this one"

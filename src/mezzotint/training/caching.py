@@ -8,13 +8,14 @@ import torch
 from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache, build_latent_cache
 from mezzotint.latent_diffusion import FirstStage, LatentNormalization
+from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.ranks import Ranks
 from mezzotint.training.recipe import DiffusionRecipe
 
 __all__ = ["cache_folder", "cache_sentences", "open_latent_cache"]
 
 
-def cache_folder(recipe: DiffusionRecipe, folder: Path) -> Path:
+def cache_folder(recipe: DiffusionRecipe | FinetuneRecipe, folder: Path) -> Path:
     """Return where a recipe keeps its latents.
 
     Args:
@@ -27,7 +28,7 @@ def cache_folder(recipe: DiffusionRecipe, folder: Path) -> Path:
 
 
 def open_latent_cache(
-    recipe: DiffusionRecipe,
+    recipe: DiffusionRecipe | FinetuneRecipe,
     data: ImageData,
     first_stage: FirstStage,
     normalization: LatentNormalization,

@@ -16,10 +16,11 @@ from mezzotint.evaluation.evaluate import evaluate
 from mezzotint.evaluation.protocol import Metric
 from mezzotint.evaluation.reference import Against, RealPictures
 from mezzotint.models.features import metric_name
+from mezzotint.training.finetune_recipe import Recipe
 from mezzotint.training.log import RunLog
 from mezzotint.training.oversight import EvaluationConfig
 from mezzotint.training.ranks import ALONE, Ranks
-from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 
 __all__ = ["Callback", "Evaluations", "Model", "SampleSheets"]
 

@@ -1,8 +1,8 @@
-"""Training epsilon_theta and tau_theta in the latent space of a frozen first stage."""
+"""Training epsilon_theta and tau_theta, or a part, in the latent space of a frozen first stage."""
 
 import contextlib
 import copy
-from collections.abc import Generator, Mapping, Set
+from collections.abc import Callable, Generator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.data.latents import LatentCache
-from mezzotint.device import Execution, autocast
-from mezzotint.diffusion.loss import diffusion_loss
+from mezzotint.device import Execution
 from mezzotint.diffusion.times import draw_time
 from mezzotint.errors import TrainingError
 from mezzotint.generation.generate import generate_each
@@ -29,9 +27,11 @@ from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from mezzotint.training.conditions import ConditionMaker, Told
-from mezzotint.training.ema import ExponentialMovingAverage
-from mezzotint.training.gauges import latent_gauges, noise_gauges, worse_gauge
+from mezzotint.training.ema import ConstantEMAConfig, ExponentialMovingAverage
+from mezzotint.training.finetune_data import Pairs
+from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.health import Sample
+from mezzotint.training.objective import DiffusionLoss
 from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -40,6 +40,7 @@ from mezzotint.training.optimizer import (
     use_channels_last,
 )
 from mezzotint.training.orders import (
+    LeavingOut,
     TrainingData,
     build_order,
     load_stream_state,
@@ -51,9 +52,34 @@ from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.snapshots import save_if_due
 
-__all__ = ["DiffusionTask"]
+__all__ = ["DiffusionTask", "Trained"]
 
 _PREVIEWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What of a model is trained, and what is written in the end.
+
+    Attributes:
+        module: Its parameters are trained, averaged and saved; they are parameters of the model.
+        groups: Some of them, and the peak of their learning rate.
+        export: Called with the model, of averaged weights, and the folder to write into.
+    """
+
+    module: nn.Module
+    groups: tuple[tuple[tuple[nn.Parameter, ...], float], ...]
+    export: Callable[[LatentDiffusion, Path], None]
+
+
+def _jointly(model: LatentDiffusion, recipe: DiffusionRecipe | FinetuneRecipe) -> Trained:
+    """The UNet and the conditioner (paper, eq. 2 and 3)."""
+    rate = recipe.optimizer.learning_rate
+    groups = [(tuple(model.unet.parameters()), rate)]
+    if conditioner := tuple(model.conditioner.parameters()):
+        groups.append((conditioner, recipe.conditioner_learning_rate or rate))
+    module = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
+    return Trained(module, tuple(groups), save_model)
 
 
 @dataclass(frozen=True)
@@ -64,81 +90,41 @@ class _Batch:
     drop_spatial: Tensor  # (B,) bool
     t: Tensor  # (B,) int64; float32 for a flow
     seeds: list[int]
-
-
-class _Loss(nn.Module):
-    """What a step minimises (paper, eq. 2 and 3), as one module: torch's engines wrap modules."""
-
-    def __init__(
-        self, model: LatentDiffusion, recipe: DiffusionRecipe, execution: Execution
-    ) -> None:
-        super().__init__()
-        self.model, self.recipe, self.execution = model, recipe, execution
-
-    def forward(
-        self, z: Tensor, t: Tensor, noise: Tensor, inputs: ConditionInputs, drop: list[Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of a batch of latents ``(B, C, h, w)``, and gauges of it."""
-        model, recipe = self.model, self.recipe
-        with autocast(self.execution):
-            cond = model.conditioner(inputs, *drop)
-            losses = diffusion_loss(
-                model.predict,
-                model.schedule,
-                z,
-                t,
-                noise,
-                cond,
-                weighting=recipe.weighting,
-                deviation=recipe.deviation,
-            )
-        with torch.no_grad():
-            silent = diffusion_loss(
-                _silent,
-                model.schedule,
-                z,
-                t,
-                noise,
-                cond,
-                weighting=recipe.weighting,
-                deviation=recipe.deviation,
-            )
-            told = noise_gauges(losses, t / model.schedule.num_train_timesteps)
-            told |= latent_gauges(z)
-            told["loss_of_zero"] = silent.mean()
-            told["worse_than_nothing"] = worse_gauge(losses.mean(), told["loss_of_zero"])
-        return losses.mean(), told
-
-
-def _silent(x: Tensor, t: Tensor, cond: object) -> Tensor:
-    """A network that predicts nothing: its loss is what there is to explain."""
-    return torch.zeros_like(x)
+    weights: Tensor | None  # (B,) float32
 
 
 class DiffusionTask:
-    """Trains the UNet and the conditioner jointly (paper, eq. 2 and 3).
+    """Trains the UNet and the conditioner jointly (paper, eq. 2 and 3), or what is chosen of them.
 
     Args:
         recipe: What to train.
-        model: Untrained UNet and conditioner around a trained first stage.
+        model: UNet and conditioner around a trained first stage.
         data: The images and what is said of them.
         cache: Their latents, or None to encode every batch anew.
         execution: Device and precision.
         ranks: This process among the others of the run.
+        choose: Says what of the model, on its device, is trained; by default all.
+        base: What identifies the model that is trained further, if it is trained already.
+        pairs: The order of samples, of which each has its like beside it.
     """
 
     def __init__(
         self,
-        recipe: DiffusionRecipe,
+        recipe: DiffusionRecipe | FinetuneRecipe,
         model: LatentDiffusion,
         data: TrainingData,
         cache: LatentCache | None,
         execution: Execution,
         ranks: Ranks = ALONE,
+        *,
+        choose: Callable[[LatentDiffusion], Trained] | None = None,
+        base: str | None = None,
+        pairs: Pairs | None = None,
     ) -> None:
         self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
-        self.ranks = ranks
-        self.inputs = _inputs(model, data)
+        self.ranks, self.pairs = ranks, pairs
+        self.batch_size = recipe.batch_size * (1 if pairs is None else 2)
+        self.inputs = _inputs(model, data) | ({} if base is None else {"base": base})
         self.sharded = recipe.run.sharding and ranks.several
         # what is drawn and written: sharded weights are gathered into it, by the first rank alone
         self.plain = copy.deepcopy(model) if self.sharded and ranks.is_first else model
@@ -151,15 +137,16 @@ class DiffusionTask:
             self.model.unet.compile()
         if self.sharded:
             shard(self.model)
-        self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
-        rate = recipe.optimizer.learning_rate
-        groups: list[dict[str, Any]] = [{"params": list(model.unet.parameters()), "lr": rate}]
-        if conditioner := list(model.conditioner.parameters()):
-            own = recipe.conditioner_learning_rate or rate
-            groups.append({"params": conditioner, "lr": own})
+        chosen = choose(self.model) if choose is not None else _jointly(self.model, recipe)
+        self.trained, self.write = chosen.module, chosen.export
+        groups = [{"params": list(parameters), "lr": rate} for parameters, rate in chosen.groups]
         self.optimizer = build_optimizer(groups, recipe.optimizer)
-        self.ema = ExponentialMovingAverage(self.trained, recipe.average)
-        self.order = build_order(data, recipe.batch_size, recipe.seed)
+        average = recipe.average
+        # of nothing where none is wanted: the weights are then drawn from as they stand
+        averaged = nn.Module() if average is None else self.trained
+        self.ema = ExponentialMovingAverage(averaged, average or ConstantEMAConfig())
+        order = build_order(data, self.batch_size, recipe.seed)
+        self.order = order if pairs is None else LeavingOut(pairs)
         self.conditions = ConditionMaker(
             model,
             data,
@@ -168,7 +155,9 @@ class DiffusionTask:
             masks=recipe.masks,
         )
         self.loss = Parallel(
-            _Loss(self.model, recipe, execution), ranks, replicated=not self.sharded
+            DiffusionLoss(self.model, self.trained, recipe, execution),
+            ranks,
+            replicated=not self.sharded,
         )
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
@@ -178,7 +167,7 @@ class DiffusionTask:
     @property
     def images_per_step(self) -> int:
         """Images that one optimizer step sees."""
-        return self.recipe.batch_size * self.recipe.accumulate
+        return self.batch_size * self.recipe.accumulate
 
     def _make_batch(self, step: int) -> _Batch:
         recipe, model = self.recipe, self.model
@@ -188,7 +177,8 @@ class DiffusionTask:
         drop_spatial: list[bool] = []
         times: list[float] = []
         seeds: list[int] = []
-        for position in positions_of(step, recipe.batch_size, recipe.accumulate, self.ranks):
+        positions = positions_of(step, self.batch_size, recipe.accumulate, self.ranks)
+        for position in positions:
             index = self.order.index(position)
             generator = keyed_generator(recipe.seed, 0xDA7A, position)
             if self.cache is None:
@@ -211,6 +201,7 @@ class DiffusionTask:
             drop_spatial=torch.tensor(drop_spatial),
             t=torch.tensor(times),
             seeds=seeds,
+            weights=None if self.pairs is None else self.pairs.weights(positions),
         )
 
     def _latents(self, images: list[Tensor], seeds: list[int]) -> Tensor:
@@ -231,10 +222,11 @@ class DiffusionTask:
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
         factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress)
-        self.model.train()
+        for network in (self.model.unet, self.model.conditioner):  # dropout is for what is trained
+            network.train(any(p.requires_grad for p in network.parameters()))
         batch = self.batches.get(step)
         values: dict[str, Tensor | float] = {}
-        each = recipe.batch_size // self.ranks.world
+        each = self.batch_size // self.ranks.world
         for number in range(recipe.accumulate):
             part = slice(number * each, (number + 1) * each)
             with self.loss.part(last=number == recipe.accumulate - 1):
@@ -252,8 +244,8 @@ class DiffusionTask:
     @torch.no_grad()
     def faulty_samples(self, step: int) -> list[Sample]:
         """Return this rank's samples of a step whose loss is no number with the weights now."""
-        recipe, batch = self.recipe, self.batches.get(step)
-        positions = positions_of(step, recipe.batch_size, recipe.accumulate, self.ranks)
+        batch = self.batches.get(step)
+        positions = positions_of(step, self.batch_size, self.recipe.accumulate, self.ranks)
         self.model.eval()
         faulty: list[Sample] = []
         for k, position in enumerate(positions):
@@ -270,7 +262,7 @@ class DiffusionTask:
 
     def gauges(self) -> dict[str, float]:
         """Return what is worth a look at intervals; all ranks must ask."""
-        return {"ema_distance": self.ema.distance()}
+        return {} if self.recipe.average is None else {"ema_distance": self.ema.distance()}
 
     def _loss(self, batch: _Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         device, dtype = self.execution.device, self.execution.weights
@@ -281,7 +273,8 @@ class DiffusionTask:
         drop = [batch.drop[part]]
         if isinstance(self.model.conditioner, HybridConditioner):
             drop.append(batch.drop_spatial[part])
-        return self.loss(z, batch.t[part].to(device), noise, inputs, drop)
+        weights = None if batch.weights is None else batch.weights[part].to(device)
+        return self.loss(z, batch.t[part].to(device), noise, inputs, drop, weights)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return everything that a resumed run needs."""
@@ -305,8 +298,9 @@ class DiffusionTask:
             ("first_stage", "the autoencoder, or the statistics of its latents,"),
             ("classes", "the classes of the data"),
             ("data", "the images, or what is said of them,"),
+            ("base", "the base model"),
         ):
-            if saved[name] != self.inputs[name]:
+            if saved.get(name) != self.inputs.get(name):
                 raise TrainingError(
                     f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
                     " back as they were, or start anew with another --output"
@@ -373,7 +367,7 @@ class DiffusionTask:
         with self._averaged() as model:
             if self.ranks.is_first:
                 model.eval()
-                save_model(model, folder)
+                self.write(model, folder)
 
 
 def _inputs(model: LatentDiffusion, data: TrainingData) -> dict[str, Any]:

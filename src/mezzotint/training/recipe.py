@@ -39,7 +39,8 @@ __all__ = [
     "DiffusionRecipe",
     "EncodedFirstStage",
     "OptimizerConfig",
-    "Recipe",
+    "RecipeBase",
+    "RunConfig",
     "TrainedFirstStage",
 ]
 
@@ -113,8 +114,8 @@ class RunConfig(Config):
     wandb: str | None = Field(default=None, min_length=1)
 
 
-class _RecipeBase(Document):
-    """What both kinds of recipes say.
+class RecipeBase(Document):
+    """What recipes of every kind say.
 
     Attributes:
         ema: The averages of the weights; the first is drawn from and exported.
@@ -203,7 +204,7 @@ class AutoencoderLossConfig(Config):
         return self
 
 
-class AutoencoderRecipe(_RecipeBase):
+class AutoencoderRecipe(RecipeBase):
     """How to train a first stage (paper, section 3.1)."""
 
     kind: Literal["autoencoder"] = "autoencoder"
@@ -288,7 +289,7 @@ EncodedFirstStage = Annotated[
 ]
 
 
-class DiffusionRecipe(_RecipeBase):
+class DiffusionRecipe(RecipeBase):
     """How to train a latent diffusion model (paper, section 3.2 and 3.3).
 
     Attributes:
@@ -409,6 +410,3 @@ class DiffusionRecipe(_RecipeBase):
                 f"unet.in_channels is {self.unet.in_channels}; expected {latent + extra}: {latent}"
                 f" of the noisy latent (unet.out_channels){told}"
             )
-
-
-Recipe = AutoencoderRecipe | DiffusionRecipe

@@ -38,19 +38,22 @@ from mezzotint.training.callbacks import Callback, Evaluations, SampleSheets
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.finetune import finetune_task
+from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
 from mezzotint.training.health import Health
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
-from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe, TrainedFirstStage
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.symptoms import Facts, before_training
 
 __all__ = ["load_recipe", "recipe_names", "stored_first_stage", "train"]
 
-_KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe]] = {
+_KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe] | type[FinetuneRecipe]] = {
     "autoencoder": AutoencoderRecipe,
     "diffusion": DiffusionRecipe,
+    "finetune": FinetuneRecipe,
 }
 _STREAM_CAPTIONS = 100_000  # from which a vocabulary is learned
 # what may differ between a run and its continuation without making it another run
@@ -176,6 +179,9 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
             _tell_fault(log, fault)
         if isinstance(recipe, AutoencoderRecipe):
             task: Task = AutoencoderTask(recipe, data, execution, ranks)
+        elif isinstance(recipe, FinetuneRecipe):
+            encode = partial(_cached_latents, recipe, folder, setting, log)
+            task = finetune_task(recipe, data, folder, execution, ranks, log, encode)
         else:
             task = _diffusion_task(recipe, data, folder, setting, log)
         checkpoint, damaged = newest_checkpoint(folder / "checkpoints", ranks)
@@ -302,14 +308,7 @@ def _diffusion_task(
     _check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = _conditioner(recipe, data, folder, ranks)
-    cache: LatentCache | None = None
-    if recipe.latent_variants and not isinstance(data, ShardStream):
-        log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
-        cache = open_latent_cache(
-            recipe, data, first_stage, normalization, folder, execution.device, ranks
-        )
-        for sentence in cache_sentences(cache):
-            log.event(sentence)
+    cache = _cached_latents(recipe, folder, setting, log, data, first_stage, normalization)
     torch.manual_seed(mix(recipe.seed, 0x1217))
     model = LatentDiffusion(
         first_stage,
@@ -320,6 +319,26 @@ def _diffusion_task(
         (recipe.data.resolution, recipe.data.resolution),
     )
     return DiffusionTask(recipe, model, data, cache, execution, ranks)
+
+
+def _cached_latents(
+    recipe: DiffusionRecipe | FinetuneRecipe,
+    folder: Path,
+    setting: _Setting,
+    log: RunLog,
+    data: TrainingData,
+    first_stage: FirstStage,
+    normalization: LatentNormalization,
+) -> LatentCache | None:
+    """Encode the data, if the recipe says so; the ranks share the work."""
+    if not recipe.latent_variants or isinstance(data, ShardStream):
+        return None
+    log.event(f"encoding {len(data):,} images, {recipe.latent_variants} views of each")
+    device, ranks = setting.execution.device, setting.ranks
+    cache = open_latent_cache(recipe, data, first_stage, normalization, folder, device, ranks)
+    for sentence in cache_sentences(cache):
+        log.event(sentence)
+    return cache
 
 
 def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:

@@ -13,8 +13,9 @@ from mezzotint.conditioning.build import main_config
 from mezzotint.data import ImageData, ShardStream
 from mezzotint.models.autoencoder import IdentityFirstStageConfig
 from mezzotint.training.ema import ConstantEMAConfig
+from mezzotint.training.finetune_recipe import Recipe
 from mezzotint.training.orders import TrainingData
-from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, Recipe
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 
 __all__ = ["Facts", "Symptom", "Window", "before_training", "symptoms_of"]
 

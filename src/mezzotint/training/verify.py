@@ -14,7 +14,8 @@ from rich.console import Console
 from mezzotint.errors import ConfigError, MezzotintError, TrainingError
 from mezzotint.evaluation.shards import ranks
 from mezzotint.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
-from mezzotint.training.recipe import DiffusionRecipe, Recipe, TrainedFirstStage
+from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
+from mezzotint.training.recipe import DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.run import load_recipe, train
 
 __all__ = ["Verified", "verify_resume"]
@@ -52,7 +53,8 @@ def verify_resume(
 
     What the recipe only comes to much later is brought forward: a discriminator begins to learn
     two steps before the stop and to speak one step before it. A first stage that would be trained
-    first is trained for two steps, for its quality does not matter here.
+    first is trained for two steps, and of prior preservation two pictures are drawn, for their
+    quality does not matter here.
 
     Args:
         recipe: A path to a recipe, or the name of a shipped one.
@@ -101,6 +103,9 @@ def _shorten(
             first = load_recipe(stage.recipe, ["budget.max_steps=2"])
             train(first, output=folder / "first_stage", device=device, console=console)
             changed["first_stage"] = {"kind": "trained", "path": str(folder / "first_stage")}
+    elif isinstance(recipe, FinetuneRecipe):
+        if recipe.prior is not None:
+            changed["prior"] |= {"count": min(recipe.prior.count, 2), "steps": 2}
     elif recipe.loss.adversarial is not None:
         early = {"start_step": max(0, before - 1), "pretrain_steps": 1}
         changed["loss"]["adversarial"] |= early

@@ -1,0 +1,210 @@
+"""Training a trained model further: all of it, a LoRA, or a new word; never its autoencoder."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from mezzotint.checkpoints.folder import read_json
+from mezzotint.checkpoints.load import load_any
+from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
+from mezzotint.checkpoints.model import CLASS, save_model
+from mezzotint.checkpoints.pipelines import save_pipeline
+from mezzotint.checkpoints.registry import INDEX, resolve_model
+from mezzotint.conditioning.base import Conditioner
+from mezzotint.conditioning.classes import ClassConditioner
+from mezzotint.conditioning.clip import ClipConditioner
+from mezzotint.conditioning.layout import LayoutConditioner
+from mezzotint.conditioning.spatial import (
+    LowResConditioner,
+    SemanticMapConditioner,
+    main_conditioner,
+    spatial_conditioner,
+)
+from mezzotint.data import ShardStream
+from mezzotint.data.base import ImageData
+from mezzotint.data.latents import LatentCache
+from mezzotint.device import Execution
+from mezzotint.errors import ConfigError, DataError
+from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.training.conditions import check_degradation
+from mezzotint.training.diffusion import DiffusionTask, Trained
+from mezzotint.training.finetune_data import CaptionedData, Pairs, WithPrior
+from mezzotint.training.finetune_recipe import FinetuneRecipe
+from mezzotint.training.inversion import add_token
+from mezzotint.training.log import RunLog
+from mezzotint.training.lora import add_lora
+from mezzotint.training.orders import TrainingData
+from mezzotint.training.prior import draw_prior
+from mezzotint.training.ranks import Ranks
+
+__all__ = ["finetune_task"]
+
+Encode = Callable[[ImageData, FirstStage, LatentNormalization], LatentCache | None]
+
+
+def finetune_task(
+    recipe: FinetuneRecipe,
+    data: TrainingData,
+    folder: Path,
+    execution: Execution,
+    ranks: Ranks,
+    log: RunLog,
+    encode: Encode,
+) -> DiffusionTask:
+    """Load the base model and make a task of what is to be trained of it.
+
+    Args:
+        recipe: What to train.
+        data: The images and what is said of them.
+        folder: The run folder; pictures of prior preservation are kept in its ``prior``.
+        execution: Device and precision.
+        ranks: This process among the others of the run.
+        log: Where guesses are told.
+        encode: Makes the cache of latents, or nothing.
+
+    Raises:
+        CheckpointError: If there is no such base model, or it is damaged.
+        ConfigError: If the recipe does not fit it.
+        DataError: If the data lack what it is told.
+    """
+    if isinstance(data, ShardStream):
+        raise ConfigError("data.stream: fine-tuning wants data with an index; set it to false")
+    loaded = _load(recipe)
+    for note in loaded.notes:
+        log.event(note)
+    base, model = loaded.content_hash(), loaded.model
+    side = recipe.data.resolution
+    _check(recipe, model, data)
+    if (side, side) != model.image_size:
+        height, width = model.image_size
+        log.event(f"the base model was trained at {width} x {height} pixels, this is {side}")
+    if model.conditioner.wants == "caption":
+        token = recipe.token.word if recipe.token is not None else ""
+        data = CaptionedData(data, recipe.templates, token)
+    pairs: Pairs | None = None
+    if recipe.prior is not None:
+        where = folder / "prior"
+        paths = draw_prior(recipe.prior, recipe, loaded, base, where, execution, ranks, log)
+        pairs = Pairs.of(len(data), len(paths), recipe.seed, recipe.prior.weight)
+        data = WithPrior(data, paths, recipe.prior.prompt, side)
+    model.image_size = (side, side)
+    first_stage = model.first_stage.to(execution.device)
+    cache = encode(data, first_stage, model.normalization)
+    choose = partial(_choose, recipe=recipe, defaults=loaded.defaults)
+    return DiffusionTask(
+        recipe, model, data, cache, execution, ranks, choose=choose, base=base, pairs=pairs
+    )
+
+
+def _load(recipe: FinetuneRecipe) -> LoadedModel:
+    base = recipe.base
+    return load_any(
+        Path(base.model).expanduser(),
+        config=None if base.config is None else Path(base.config).expanduser(),
+        family=base.family,
+        prediction=base.prediction,
+        weights=base.weights,
+    )
+
+
+def _check(recipe: FinetuneRecipe, model: LatentDiffusion, data: ImageData) -> None:
+    """Refuse what does not fit the base model."""
+    factor = model.first_stage.factor
+    if recipe.data.resolution % factor:
+        raise ConfigError(
+            f"data.resolution {recipe.data.resolution} is not divisible by the base model's"
+            f" f = {factor}"
+        )
+    if model.unet.config.guidance_embed_dim is not None:
+        raise ConfigError(
+            f"base: {recipe.base.model} was distilled to be told its guidance, of which the data"
+            " say nothing; use the model that it was distilled from"
+        )
+    steps = model.schedule_config.num_train_timesteps
+    if recipe.sample_steps > steps:
+        raise ConfigError(f"sample_steps {recipe.sample_steps} is more than the base's {steps}")
+    if recipe.prior is not None and model.conditioner.wants != "caption":
+        raise ConfigError(
+            f"prior: is for models that want a prompt; this one wants"
+            f" {model.conditioner.description}"
+        )
+    if recipe.prior is not None and model.conditioner.wants_concat is not None:
+        raise ConfigError("prior: is for models that are told nothing but a prompt")
+    if "conditioner" in recipe.components and not any(True for _ in model.conditioner.parameters()):
+        raise ConfigError("components: the base model's conditioner has no weights; train the unet")
+    if recipe.spatial_dropout and model.conditioner.wants_concat is None:
+        raise ConfigError("spatial_dropout: is for a hybrid; use condition_dropout")
+    _check_data(recipe, model.conditioner, data, factor)
+
+
+def _check_data(
+    recipe: FinetuneRecipe, conditioner: Conditioner, data: ImageData, factor: int
+) -> None:
+    """Refuse data that lack what the base model is told, or number it otherwise."""
+    main, spatial = main_conditioner(conditioner), spatial_conditioner(conditioner)
+    known = data.describe(0, None, with_map=conditioner.wants_concat == "map")
+    for wanted, there, words in (
+        ("label", known.label, "a class"),
+        ("layout", known.boxes, "a layout"),
+        ("map", known.map, "a semantic map"),
+    ):
+        if wanted in (conditioner.wants, conditioner.wants_concat) and there is None:
+            raise DataError(f"the base model is told {words} of each image; the data have none")
+    names = data.class_names
+    if isinstance(main, ClassConditioner | LayoutConditioner) and main.config.class_names:
+        theirs = main.config.class_names
+        if names is not None and names != theirs[: len(names)]:
+            raise ConfigError(
+                f"the data's classes are {', '.join(names)}, but the base model counts"
+                f" {', '.join(theirs)}; number them alike, of a folder by data.classes"
+            )
+    needed = 0 if names is None else len(names) + 1  # 0 is what is of no class
+    if isinstance(spatial, SemanticMapConditioner) and spatial.config.classes < needed:
+        raise ConfigError(
+            f"the base model's maps have {spatial.config.classes} classes, but the data's need"
+            f" {needed}"
+        )
+    if isinstance(spatial, LowResConditioner):
+        check_degradation(spatial.config, recipe.degradation, factor)
+
+
+def _choose(model: LatentDiffusion, recipe: FinetuneRecipe, defaults: SamplingDefaults) -> Trained:
+    """Freeze a model, and let a part of it or beside it be trained."""
+    parts = {"unet": model.unet, "conditioner": model.conditioner}
+    # some weights of a file are read by nothing; they were frozen where they were made
+    able = {id(p) for p in model.parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    unread = _unread(main_conditioner(model.conditioner))
+    if recipe.method == "lora":
+        return add_lora(model, recipe, unread)
+    if recipe.method == "textual_inversion":
+        return add_token(model, recipe)
+    trained = {name: parts[name] for name in recipe.components}
+    rates = {"unet": recipe.optimizer.learning_rate}
+    rates["conditioner"] = recipe.conditioner_learning_rate or rates["unet"]
+    for part in trained.values():
+        for parameter in part.parameters():
+            parameter.requires_grad_(id(parameter) in able)
+    for name in unread:
+        main_conditioner(model.conditioner).get_submodule(name).requires_grad_(False)
+    groups = tuple(
+        (tuple(p for p in part.parameters() if p.requires_grad), rates[name])
+        for name, part in trained.items()
+    )
+    index = resolve_model(Path(recipe.base.model).expanduser()) / INDEX
+    own = index.is_file() and read_json(index).get("_class_name") == CLASS
+
+    def export(model: LatentDiffusion, folder: Path) -> None:
+        (save_model if own else save_pipeline)(model, folder, defaults=defaults)
+
+    return Trained(nn.ModuleDict(trained), groups, export)
+
+
+def _unread(main: Conditioner) -> tuple[str, ...]:
+    """The layers of a text encoder behind the one whose tokens the model takes."""
+    if not isinstance(main, ClipConditioner):
+        return ()
+    count, last = main.config.num_hidden_layers, main.config.output_layer
+    return tuple(f"text_model.encoder.layers.{k}" for k in range(count - last + 1, count))

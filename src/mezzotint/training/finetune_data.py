@@ -1,0 +1,170 @@
+"""What fine-tuning is shown: data under captions of its own, beside what the base model drew."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mezzotint.data.base import Description, Example, Fault, ImageData
+from mezzotint.errors import DataError
+from mezzotint.training.batches import DataOrder
+
+__all__ = ["CaptionedData", "Pairs", "WithPrior"]
+
+
+class CaptionedData:
+    """A data set under other captions.
+
+    Args:
+        data: The pictures, and what else is known of them.
+        templates: Captions in which ``{caption}`` is the data's own and ``{token}`` the word; one
+            is chosen by the generator, and without one the first.
+        token: The word.
+
+    Raises:
+        DataError: If a caption is wanted of data that have none.
+    """
+
+    def __init__(self, data: ImageData, templates: Sequence[str], token: str = "") -> None:
+        self.data, self.templates, self.token = data, tuple(templates), token
+        asked = [template for template in self.templates if "{caption}" in template]
+        if asked and data.describe(0).caption is None:
+            raise DataError(
+                f"the images have no captions for {asked[0]!r}: give data.caption_column, or"
+                " caption_templates without {caption}"
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The data's own."""
+        return self.data.class_names
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The data's own."""
+        return self.data.faults
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data and the captions."""
+        content = [self.data.fingerprint, self.templates, self.token]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Example:
+        """Return one example; see `mezzotint.data.ImageData.load`."""
+        example = self.data.load(index, generator)
+        return replace(example, caption=self._caption(example.caption, generator))
+
+    def describe(
+        self, index: int, generator: torch.Generator | None = None, *, with_map: bool = False
+    ) -> Description:
+        """Return what is known of an example; see `mezzotint.data.ImageData.describe`."""
+        known = self.data.describe(index, generator, with_map=with_map)
+        return replace(known, caption=self._caption(known.caption, generator))
+
+    def _caption(self, own: str | None, generator: torch.Generator | None) -> str:
+        count = len(self.templates)
+        chosen = 0 if generator is None else int(torch.randint(count, (1,), generator=generator))
+        return self.templates[chosen].format(caption=own or "", token=self.token)
+
+
+class WithPrior:
+    """A data set, and after it the pictures that the base model drew.
+
+    Args:
+        data: The pictures to be learned.
+        paths: What was drawn.
+        caption: What was asked for.
+        resolution: Their side in pixels.
+    """
+
+    def __init__(
+        self, data: ImageData, paths: Sequence[Path], caption: str, resolution: int
+    ) -> None:
+        self.data, self.paths, self.caption = data, tuple(paths), caption
+        self._size = resolution, resolution
+        digest = hashlib.sha256(json.dumps([data.fingerprint, caption]).encode())
+        for path in self.paths:
+            digest.update(self._pixels(path).numpy().tobytes())
+        self._fingerprint = digest.hexdigest()
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The data's own."""
+        return self.data.class_names
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The data's own."""
+        return self.data.faults
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data, of what was drawn, and of what was asked for."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.data) + len(self.paths)
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Example:
+        """Return one example; see `mezzotint.data.ImageData.load`."""
+        if index < len(self.data):
+            return self.data.load(index, generator)
+        path = self.paths[index - len(self.data)]
+        return Example(self._pixels(path), self.caption, None, path.name)
+
+    def describe(
+        self, index: int, generator: torch.Generator | None = None, *, with_map: bool = False
+    ) -> Description:
+        """Return what is known of an example; see `mezzotint.data.ImageData.describe`."""
+        if index < len(self.data):
+            return self.data.describe(index, generator, with_map=with_map)
+        return Description(self.caption, None)
+
+    def _pixels(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}; remove it to draw it anew") from None
+        if picture.size != self._size:
+            raise DataError(f"{path}: is {picture.size}, expected {self._size}; remove it")
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The order in which pictures of the data and of the prior alternate, each in its own.
+
+    Attributes:
+        data: Order of the pictures of the data, which are the first.
+        prior: Order of those of the prior, which follow them.
+        weight: Of the prior's loss beside the data's.
+    """
+
+    data: DataOrder
+    prior: DataOrder
+    weight: float
+
+    @classmethod
+    def of(cls, data: int, prior: int, seed: int, weight: float) -> "Pairs":
+        """Return the order of so many pictures of the data and of the prior."""
+        return cls(DataOrder(data, seed), DataOrder(prior, seed + 1), weight)
+
+    def index(self, position: int) -> int:
+        """Return the picture at a global position."""
+        pair, of_prior = divmod(position, 2)
+        return self.data.count + self.prior.index(pair) if of_prior else self.data.index(pair)
+
+    def weights(self, positions: Sequence[int]) -> Tensor:
+        """Return what losses are multiplied by, so that their mean is that of both sums."""
+        return torch.tensor([2.0 * self.weight if p % 2 else 2.0 for p in positions])

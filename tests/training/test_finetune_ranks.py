@@ -1,0 +1,87 @@
+"""Fine-tuning on two processes is that on one, and `--verify-resume` proves it resumed exactly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import clip, kl, model
+from torch import nn
+
+from mezzotint.checkpoints.pipelines import save_pipeline
+from mezzotint.config import to_yaml
+from mezzotint.training import verify
+
+SCRIPT = Path(__file__).with_name("ranks_script.py")
+BINARIES = Path(sys.executable).parent
+LORA = {
+    "components": ["unet", "conditioner"],
+    "lora": {"rank": 2},
+    "prior": {"prompt": "a cat", "count": 3, "steps": 2},
+    "accumulate": 2,
+}
+EXACT = {
+    "precision": "float64",
+    "run": {"log_steps": 1},
+    "ema_decay": 0.9,
+    "budget": {"max_steps": 5},
+}
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_two_processes_train_what_one_does(tiny, text_run, tmp_path):
+    torch.manual_seed(0)
+    untrained = model(clip(), kl(), size=(32, 32))
+    for parameter in untrained.unet.parameters():
+        if not parameter.any():  # an untrained UNet says nothing, and so learns nothing
+            nn.init.normal_(parameter, std=0.1)
+    save_pipeline(untrained, tmp_path / "clip")
+    token = {"word": "<ink>", "initial": "ab"}
+    recipes = {
+        "lora": tiny.finetune(text_run, **LORA, **EXACT),
+        "word": tiny.finetune(tmp_path / "clip", method="textual_inversion", token=token, **EXACT),
+    }
+    for name, recipe in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(recipe))
+    done = subprocess.run(
+        [
+            BINARIES / "torchrun",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            SCRIPT,
+            tmp_path,
+            *recipes,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, recipe in recipes.items():
+        alone = losses(tiny.train(recipe, tmp_path / name))
+        assert losses(tmp_path / "runs" / name) == pytest.approx(alone, rel=1e-9)
+        assert len(set(alone)) == 5
+
+
+def test_verify_resume_knows_fine_tuning(tiny, text_run, tmp_path, monkeypatch):
+    """Three trainings, here in one process, whose imports alone would take most of a minute."""
+
+    def in_this_process(recipe, run, device, **options):
+        told = verify._train(recipe, run, device, torch.get_num_threads(), options)
+        assert told is None, told
+
+    monkeypatch.setattr(verify, "_in_new_process", in_this_process)
+    changes = LORA | {"lora": {"rank": 2, "dropout": 0.1}, "ema_decay": 0.9}
+    (tmp_path / "lora.yaml").write_text(to_yaml(tiny.finetune(text_run, **changes)))
+    try:
+        same = verify.verify_resume(tmp_path / "lora.yaml", before=2, after=2, device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same.tensors > 100 and same.numbers > 10_000
