@@ -29,6 +29,12 @@ EXACT: dict[str, Any] = {
     "run": {"log_steps": 1, "checkpoint_minutes": 60.0},
 }
 SHARDED = {"budget": {"max_steps": 12}, "run": {**EXACT["run"], "sharding": True}}
+DIVERGING = {
+    "batch_size": 8,
+    "data__resolution": 16,
+    "optimizer": {"learning_rate": 0.1},
+    "budget": {"max_steps": 12},
+}
 ADVERSARIAL = {
     "perceptual": 0.0,
     "adversarial": {
@@ -56,6 +62,7 @@ def recipes(tiny, folder: Path) -> list[str]:
         "kl": tiny.autoencoder(normalization="channel", loss=ADVERSARIAL, **EXACT),
         "class": tiny.diffusion(conditioning={"kind": "class", "width": 32}, **EXACT),
         "sharded": tiny.diffusion(accumulate=2, **(EXACT | SHARDED)),
+        "diverging": tiny.autoencoder(**(EXACT | DIVERGING)),
     }
     for name, recipe in written.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
@@ -105,6 +112,14 @@ def test_two_processes_lose_what_one_does(both, name):
         assert "code_usage" in {key for row in one for key in row}
     if name in ("vq", "kl"):
         assert one[-1]["adaptive_weight"] > 0 and "adaptive_weight" not in one[10]
+
+
+def test_two_processes_go_back_as_one_does(both):
+    one, two = (log_of(folder / "diverging") for folder in both)
+    for rows in (one, two):
+        assert [row["warning"] for row in rows if "warning" in row] == ["learning rate", "rollback"]
+    assert one[-1]["step"] == two[-1]["step"] == 12
+    assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vq", "kl", "class", "sharded"])
