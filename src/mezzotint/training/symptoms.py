@@ -81,7 +81,7 @@ class Facts:
         if isinstance(recipe, AutoencoderRecipe):
             adversarial = recipe.loss.adversarial
             adversary = None if adversarial is None else adversarial.start_step
-        else:
+        elif isinstance(recipe, DiffusionRecipe):
             latents = not isinstance(recipe.first_stage, IdentityFirstStageConfig)
         return cls(
             latents=latents,
