@@ -103,6 +103,7 @@ def adaptive_weight(
     last_layer: Tensor,
     max: float = 1e4,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Balance the adversarial against the reconstruction term (VQGAN, equation 7).
 
@@ -112,14 +113,16 @@ def adaptive_weight(
         last_layer: Weight of the decoder's last convolution, where both gradients are measured.
         max: Upper bound of the result.
         reduce: Takes the mean of a gradient over the ranks of a run, so that all weigh alike.
+        scale: What the losses are multiplied by while the gradients are measured, so that float16
+            holds them; of the gradient scaler.
 
     Returns:
         ``|grad of the reconstruction| / (|grad of the generator loss| + 1e-4)``, a detached scalar.
     """
-    (rec,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (gen,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
+    (rec,) = torch.autograd.grad(scale * reconstruction_loss, last_layer, retain_graph=True)
+    (gen,) = torch.autograd.grad(scale * generator_loss, last_layer, retain_graph=True)
     if reduce is not None:
         rec, gen = reduce(rec), reduce(gen)
-    rec, gen = widened(rec), widened(gen)
+    rec, gen = widened(rec) / scale, widened(gen) / scale
     ratio = rec.norm() / (gen.norm() + 1e-4)
     return ratio.clamp(0.0, max).detach()

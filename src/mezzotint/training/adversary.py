@@ -62,7 +62,7 @@ class Adversary:
         return step >= self.config.start_step
 
     def generator_term(
-        self, fake: Tensor, reconstruction: Tensor, last_layer: Tensor
+        self, fake: Tensor, reconstruction: Tensor, last_layer: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Return the adversarial term of the autoencoder, a scalar, and its adaptive weight.
 
@@ -73,7 +73,9 @@ class Adversary:
             logits = self.network(fake)
         self.network.requires_grad_(True)
         term = generator_loss(logits)
-        weight = adaptive_weight(reconstruction, term, last_layer, reduce=self.ranks.mean)
+        weight = adaptive_weight(
+            reconstruction, term, last_layer, reduce=self.ranks.mean, scale=scale
+        )
         return self.config.weight * weight * term, weight
 
     def backward(

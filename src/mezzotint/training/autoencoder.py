@@ -223,12 +223,12 @@ class AutoencoderTask:
                 for name, value in told.items():
                     values[name] = values.get(name, 0.0) + value
         optimizer = recipe.optimizer
-        values["gradient_norm"] = apply_gradients(self.optimizer, optimizer, factor, self.scaler)
+        values |= apply_gradients(self.optimizer, optimizer, factor, self.scaler)
         values["learning_rate"] = optimizer.learning_rate * factor
         if adversary is not None and adversary.learns_at(step):
             apply_gradients(adversary.optimizer, optimizer, factor, self.scaler)
         self.scaler.update()
-        if self.ema is not None:
+        if self.ema is not None and not values.get("skipped_steps"):
             self.ema.update()
         if isinstance(self.model, VQModel):
             values |= self._end_epoch(self.model, step, latents)
@@ -278,7 +278,8 @@ class AutoencoderTask:
         opponent: Opponent | None = None
         if self.adversary is not None and self.adversary.speaks_at(step):
             last_layer = self.model.last_layer
-            opponent = partial(self.adversary.generator_term, last_layer=last_layer)
+            term, scale = self.adversary.generator_term, self.scaler.get_scale()
+            opponent = partial(term, last_layer=last_layer, scale=scale)
         with self.loss.part(last=last):
             loss, fake, z, values = self.loss(images, seeds, opponent)
             self.scaler.scale(loss / self.recipe.accumulate).backward()
@@ -329,11 +330,20 @@ class AutoencoderTask:
             tensors["discriminator"] = dict(self.adversary.network.state_dict())
             tensors["discriminator_optimizer"] = flatten_optimizer(self.adversary.optimizer)
         position = self.steps * self.images_per_step
-        values = {"scaler": self.scaler.state_dict()}
+        values = {"data": self.data.fingerprint, "scaler": self.scaler.state_dict()}
         return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave.
+
+        Raises:
+            TrainingError: If the data are not those of the checkpoint.
+        """
+        if checkpoint.values.get("data", self.data.fingerprint) != self.data.fingerprint:
+            raise TrainingError(
+                f"{checkpoint.path}: the images changed since this checkpoint was saved; put them"
+                " back as they were, or start anew with another --output"
+            )
         self.steps = checkpoint.step
         load_stream_state(self.data, checkpoint.values)
         tensors = checkpoint.tensors

@@ -25,6 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from mezzotint.errors import CheckpointError, TrainingError
@@ -133,14 +134,19 @@ def _write_shares(
 ) -> dict[str, str]:
     """Write this rank's share of all groups; returns the hash of every rank's files."""
     flat = {f"{group}/{name}": t for group, named in tensors.items() for name, t in named.items()}
-    with ranks.told():
-        dcp.save(
-            flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        )
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        with ranks.told():
+            dcp.save(flat, storage_writer=writer)
+    except CheckpointException as error:  # which is no Exception; it tells what each rank met
+        cause, _ = next(iter(error.failures.values()))
+        raise OSError(getattr(cause, "errno", None), str(cause)) from error
     ranks.wait()
     mine: dict[str, str] = {}
-    for path in sorted(folder.iterdir())[ranks.rank :: ranks.world]:
-        mine[path.name] = _hash_of(path)
+    names = ranks.of_first(sorted(path.name for path in folder.iterdir()))
+    for name in names[ranks.rank :: ranks.world]:
+        path = folder / name
+        mine[name] = _hash_of(path)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     return {name: digest for part in ranks.gather_values(mine) for name, digest in part.items()}

@@ -46,7 +46,7 @@ from mezzotint.training.orders import (
     load_stream_state,
     stream_state,
 )
-from mezzotint.training.parallel import Parallel, laid_out, load_whole, shard, whole_tensors
+from mezzotint.training.parallel import Parallel, gather_into, laid_out, load_whole, shard
 from mezzotint.training.previews import make_previews, preview_sheet, request_fields
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
@@ -234,12 +234,13 @@ class DiffusionTask:
                 self.scaler.scale(loss / recipe.accumulate).backward()
             for name, value in {"loss": loss.detach(), **told}.items():
                 values[name] = values.get(name, 0.0) + value / recipe.accumulate
-        norm = apply_gradients(self.optimizer, recipe.optimizer, factor, self.scaler)
+        values |= apply_gradients(self.optimizer, recipe.optimizer, factor, self.scaler)
         self.scaler.update()
-        self.ema.update()
+        if not values.get("skipped_steps"):
+            self.ema.update()
         self.steps = step + 1
         rate = recipe.optimizer.learning_rate * factor
-        return {**values, "gradient_norm": norm, "learning_rate": rate}
+        return {**values, "learning_rate": rate}
 
     @torch.no_grad()
     def faulty_samples(self, step: int) -> list[Sample]:
@@ -320,12 +321,12 @@ class DiffusionTask:
         """A model with the averaged weights; of sharded ones, whole in the first rank alone."""
         with self.ema.applied():
             if self.sharded:
-                whole = whole_tensors(self.trained)
-                if self.ranks.is_first:
-                    plain = self.plain
-                    parts = nn.ModuleDict({"unet": plain.unet, "conditioner": plain.conditioner})
-                    parts.load_state_dict(whole)
+                plain = self.plain
+                parts = nn.ModuleDict({"unet": plain.unet, "conditioner": plain.conditioner})
+                gather_into(parts if self.ranks.is_first else None, self.trained)
             yield self.plain
+            if self.sharded and self.ranks.is_first:
+                self.plain.cpu()  # drawing moved it
 
     def draw_samples(self, path: Path) -> None:
         """Draw what some of the examples ask for with the averaged weights."""

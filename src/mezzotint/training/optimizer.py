@@ -47,7 +47,7 @@ def apply_gradients(
     config: OptimizerConfig,
     factor: float,
     scaler: torch.amp.GradScaler,
-) -> Tensor:
+) -> dict[str, Tensor | float]:
     """Clip, step and clear.
 
     Args:
@@ -57,7 +57,9 @@ def apply_gradients(
         scaler: From `loss_scaler`, by which the loss was scaled; the caller updates it.
 
     Returns:
-        The global gradient norm before clipping, a scalar.
+        For the log: ``gradient_norm``, the global one before clipping; and in float16
+            ``skipped_steps``, 1 where the gradients overflowed, so that there was no step and there
+            is no norm: the scaler tries ever larger factors, and takes the last one back.
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -67,7 +69,11 @@ def apply_gradients(
         group["lr"] = group["peak"] * factor
     scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not scaler.is_enabled():
+        return {"gradient_norm": norm}
+    skipped = not bool(torch.isfinite(norm))
+    return {"skipped_steps": 1.0} if skipped else {"skipped_steps": 0.0, "gradient_norm": norm}
 
 
 def loss_scaler(execution: Execution) -> torch.amp.GradScaler:

@@ -17,7 +17,7 @@ from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.training.ema import whole
 from mezzotint.training.ranks import Ranks
 
-__all__ = ["Parallel", "laid_out", "load_whole", "shard", "whole_tensors"]
+__all__ = ["Parallel", "gather_into", "laid_out", "load_whole", "shard"]
 
 _OLD_NAME = "broadcast_buffers"  # until torch 2.12
 
@@ -76,9 +76,18 @@ def shard(model: LatentDiffusion) -> None:
 
 
 @torch.no_grad()
-def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a module with every tensor whole; all ranks must ask for it."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def gather_into(plain: nn.Module | None, module: nn.Module) -> None:
+    """Gather the state of a sharded module, tensor by tensor; all ranks must call this.
+
+    Args:
+        plain: Takes it, in the first rank; elsewhere there is None.
+        module: Of the same parameters, sharded.
+    """
+    places = {} if plain is None else plain.state_dict()
+    for name, tensor in module.state_dict().items():
+        gathered = whole(tensor)
+        if plain is not None:
+            places[name].copy_(gathered)
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mezzotint.checkpoints.model import read_model, save_model
 from mezzotint.checkpoints.registry import INDEX
-from mezzotint.device import select_device, select_precision
+from mezzotint.device import select_device
 from mezzotint.errors import CheckpointError, ConfigError, TrainingError
 from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.orders import open_training_data
@@ -24,7 +24,7 @@ from mezzotint.training.power_function import (
     solve_weights,
 )
 from mezzotint.training.recipe import AutoencoderRecipe
-from mezzotint.training.run import load_recipe
+from mezzotint.training.run import execution_for, load_recipe
 from mezzotint.training.snapshots import Snapshot, read_snapshots, stored_tensors
 
 __all__ = ["PostHocAverage", "average_run", "plan_average", "synthesize"]
@@ -222,7 +222,7 @@ def _write_first_stage(
     plan: PostHocAverage, recipe: AutoencoderRecipe, folder: Path, device: str
 ) -> None:
     """An autoencoder whose latents are measured anew: those of other weights are others."""
-    execution = select_precision(recipe.precision, select_device(device))
+    execution = execution_for(recipe.precision, select_device(device))
     data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
     task = AutoencoderTask(recipe, data, execution)
     synthesize(plan, task.model)

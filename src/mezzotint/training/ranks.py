@@ -24,6 +24,7 @@ __all__ = ["ALONE", "Ranks", "join_ranks", "positions_of", "rank_device"]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # others may wait while one encodes a whole data set
+_STEP = timedelta(hours=1)  # or draws; a rank that is silent for longer is lost
 
 
 class Ranks:
@@ -35,16 +36,21 @@ class Ranks:
         rank: Of this process, from 0.
         world: How many there are.
         control: A group that talks on the processor, for all that is no tensor of the training.
+        each_step: Another, which loses its patience sooner.
 
     Raises:
         TrainingError: By every method, if another process has ended.
     """
 
     def __init__(
-        self, rank: int = 0, world: int = 1, control: dist.ProcessGroup | None = None
+        self,
+        rank: int = 0,
+        world: int = 1,
+        control: dist.ProcessGroup | None = None,
+        each_step: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.world = rank, world
-        self._control = control
+        self._control, self._each_step = control, each_step
 
     @property
     def is_first(self) -> bool:
@@ -97,7 +103,7 @@ class Ranks:
             return list(values)
         together = torch.tensor(values, dtype=torch.float64)
         with self.told():
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=self._control)
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=self._each_step)
         return together.tolist()
 
     def means(self, values: Sequence[float]) -> list[float]:
@@ -106,7 +112,7 @@ class Ranks:
             return list(values)
         together = torch.tensor(values, dtype=torch.float64)
         with self.told():
-            dist.all_reduce(together, group=self._control)
+            dist.all_reduce(together, group=self._each_step)
         return (together / self.world).tolist()
 
     def of_first(self, value: T) -> T:
@@ -115,7 +121,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
-        self.largest([0.0])
+        self.gather_values(None)
 
     @contextlib.contextmanager
     def told(self) -> Generator[None]:
@@ -160,15 +166,16 @@ def _meet(kind: str) -> Ranks:
     rank, world = ranks()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        groups = [dist.new_group(backend="gloo", timeout=t) for t in (_PATIENCE, _STEP)]
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"rank {rank} of {world}: cannot meet the others: {error}; start all by torchrun, which"
             " sets MASTER_ADDR and MASTER_PORT too"
         ) from error
-    assert isinstance(control, dist.ProcessGroup)
+    control, each_step = groups
+    assert isinstance(control, dist.ProcessGroup) and isinstance(each_step, dist.ProcessGroup)
     atexit.register(dist.destroy_process_group)
-    return Ranks(rank, world, control)
+    return Ranks(rank, world, control, each_step)
 
 
 def rank_device(device: torch.device) -> torch.device:

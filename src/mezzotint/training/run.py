@@ -48,7 +48,7 @@ from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.symptoms import Facts, before_training
 
-__all__ = ["load_recipe", "recipe_names", "stored_first_stage", "train"]
+__all__ = ["execution_for", "load_recipe", "recipe_names", "stored_first_stage", "train"]
 
 _KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe] | type[FinetuneRecipe]] = {
     "autoencoder": AutoencoderRecipe,
@@ -127,7 +127,7 @@ def train(
     elif overrides:
         recipe = type(recipe).from_dict(apply_overrides(recipe.to_dict(), overrides))
     folder = Path(output) if output is not None else Path("runs") / recipe.name
-    execution = _execution(recipe.precision, rank_device(select_device(device)))
+    execution = execution_for(recipe.precision, rank_device(select_device(device)))
     if execution.device.type == "cpu":
         keep_freed_memory()
     with join_ranks(execution.device) as ranks:
@@ -146,7 +146,8 @@ class _Setting:
     console: Console
 
 
-def _execution(precision: str, device: torch.device) -> Execution:
+def execution_for(precision: str, device: torch.device) -> Execution:
+    """Return what a recipe of a precision runs on; see `select_precision`, and ``float64``."""
     if precision != "float64":
         return select_precision(precision, device)
     reasons = (*select_precision("float32", device).reasons[:1], "float64: asked for, to compare")
@@ -384,7 +385,8 @@ def _first_stage(
     _check_factor(recipe, first.model.factor)
     log.event(f"training the first stage by its own recipe, {config.recipe}")
     resume = setting.resume and (stage / "recipe.yaml").is_file()
-    _train(first, stage, replace(setting, resume=resume))
+    execution = execution_for(first.precision, setting.execution.device)
+    _train(first, stage, replace(setting, resume=resume, execution=execution))
     setting.ranks.wait()  # for the first, which writes it
     return load_first_stage(stage / "model" / "vae")
 
