@@ -22,7 +22,6 @@ there a second time: whether it is whole is known only to the rank that decodes 
 import hashlib
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -122,8 +121,9 @@ class ShardStream:
 
     Attributes:
         on_fault: See above; from whichever thread reads.
-        seen: Samples that were read or asked for.
-        broken: Those among them that are of no use.
+        seen: Samples that were read, anew in every epoch; what is read again for a position that
+            was passed is not counted again.
+        broken: Those among them that are of no use, and shards that end early.
 
     Raises:
         DataError: If a pattern names no shard.
@@ -159,13 +159,15 @@ class ShardStream:
         Raises:
             DataError: If a shard has gone, or more than ``max_broken`` of what was seen is broken.
         """
-        samples, place = self._find(position)
-        self._count(1)
-        for sample in (*samples[place:], *samples[:place]):
+        lane, block, place = self._find(position)
+        samples = lane.read(block)
+        for k in (*range(place, len(samples)), *range(place)):
+            sample = samples[k]
             try:
                 pixels = decode_view(sample.picture or b"", self.config, ()).pixels
             except Exception as error:  # a damaged file makes decoders raise anything
-                self.fault(Fault(sample.name, one_line(error)))
+                if lane.is_new(block, k):
+                    self.fault(Fault(sample.name, one_line(error)))
                 continue
             known, side = self._describe(sample), self.config.resolution
             high, wide = pixels.shape[:2]
@@ -180,8 +182,8 @@ class ShardStream:
         self, position: int, generator: torch.Generator | None = None, *, with_map: bool = False
     ) -> Description:
         """Return caption and label of a sample, whole or not; see `StreamData.describe`."""
-        samples, place = self._find(position)
-        return self._describe(samples[place])
+        lane, block, place = self._find(position)
+        return self._describe(lane.read(block)[place])
 
     def captions(self, limit: int) -> list[str]:
         """Return the captions of the first samples; see `StreamData.captions`."""
@@ -190,7 +192,7 @@ class ShardStream:
             for sample in self.samples_of(place, 0):
                 if len(found) == limit:
                     return found
-                if sample is not None and (caption := self._describe(sample).caption):
+                if isinstance(sample, Sample) and (caption := self._describe(sample).caption):
                     found.append(caption)
         return found
 
@@ -221,17 +223,25 @@ class ShardStream:
         epoch, place = divmod(turn, len(self.shards))
         return self.shards[self._order(epoch)[place]]
 
-    def samples_of(self, place: str, skip: int) -> Iterator[Sample | None]:
-        """Read a shard; None stands for a sample that is of no use."""
+    def samples_of(self, place: str, skip: int) -> Iterator[Sample | Fault]:
+        """Read a shard; a fault stands for a sample that is of no use, or for a damaged rest."""
         try:
             for sample in read_shard(place, skip):
                 fault = "no image" if sample.picture is None else self._told_fault(sample)
-                if fault is not None:
-                    self._count(1)
-                    self.fault(Fault(sample.name, fault))
-                yield None if fault else sample
+                yield sample if fault is None else Fault(sample.name, fault)
         except DamagedShard as error:
-            self.fault(Fault(shard_name(place), f"{error}; what follows is lost"))
+            yield Fault(shard_name(place), f"{error}; what follows is lost")
+
+    def count(self, sample: Sample | Fault) -> None:
+        """Count what is read for the first time.
+
+        Raises:
+            DataError: As `fault` raises.
+        """
+        with self._counting:
+            self.seen += 1
+        if isinstance(sample, Fault):
+            self.fault(sample)
 
     def fault(self, fault: Fault) -> None:
         """Count something that is skipped, and name it unless it was or too many were.
@@ -255,13 +265,12 @@ class ShardStream:
                 f" {allowed:.1%}): {named} and so on; mend them, or raise max_broken"
             )
 
-    def _find(self, position: int) -> tuple[list[Sample], int]:
-        """The block that holds a position, and the place in it."""
+    def _find(self, position: int) -> tuple["_Lane", int, int]:
+        """The lane and the block that hold a position, and the place in the block."""
         batch, place = divmod(position, self.batch_size)
         number, place = divmod(place, self._share)
         lane = self._lanes[number]
-        block, place = lane.block_of(batch * self._share + place)
-        return lane.read(block), place
+        return lane, *lane.block_of(batch * self._share + place)
 
     def _describe(self, sample: Sample) -> Description:
         told = told_by(sample.parts, self.config)
@@ -274,10 +283,6 @@ class ShardStream:
         if told.fault is None and told.class_name not in (None, *self._numbers):
             return f"its class {told.class_name!r} is not among data.classes"
         return told.fault
-
-    def _count(self, samples: int) -> None:
-        with self._counting:
-            self.seen += samples
 
     def _permute(self, epoch: int) -> list[int]:
         chance = keyed_generator(self.seed, _SHARDS, epoch)
@@ -298,10 +303,13 @@ class _Lane:
         self.number = number
         self._stream, self._lanes, self._size = stream, lanes, size
         self._first = -(-size * (number + 1) // lanes)  # lanes don't all read at once
-        self._marks: deque[_Mark] = deque([_Mark(0, number, 0)], maxlen=_MARKS)
+        self._marks = [_Mark(0, number, 0)]  # rising
         self._held: dict[int, list[Sample]] = {}
         self._source: Iterator[tuple[Sample, int, int]] | None = None
         self._next = self._marks[0]
+        self._furthest = (number, 0)  # turn and sample that were read; all before are counted
+        self._damaged: dict[int, set[int]] = {}  # places, of the last blocks that have any
+        self._counted = 0  # blocks before it are counted
         self._reading = threading.Lock()
 
     def block_of(self, n: int) -> tuple[int, int]:
@@ -315,9 +323,10 @@ class _Lane:
         """The samples of a block, shuffled."""
         with self._reading:
             while block not in self._held:
-                if self._source is None or block < self._next.block:
-                    self._next = self._before(block) or _Mark(0, self.number, 0)
-                    self._source = self._samples(self._next.turn, self._next.sample)
+                known = self._before(block) or _Mark(0, self.number, 0)
+                if self._source is None or not known.block <= self._next.block <= block:
+                    self._next = known
+                    self._source = self._samples(known.turn, known.sample)
                 self._read_next(self._source)
             return self._held[block]
 
@@ -330,13 +339,29 @@ class _Lane:
     def start(self, mark: _Mark) -> None:
         """Say where a block begins."""
         with self._reading:
-            self._marks.append(mark)
+            self._marks = [mark]
+            self._furthest = max(self._furthest, mark[1:])
+            self._counted = max(self._counted, mark.block)
+
+    def is_new(self, block: int, place: int) -> bool:
+        """Whether a sample that cannot be decoded is met for the first time."""
+        with self._reading:
+            places = self._damaged.get(block, set[int]())
+            if block < self._counted or place in places:
+                return False
+            self._damaged[block] = places | {place}
+            if len(self._damaged) > _MARKS:
+                self._counted = min(self._damaged) + 1
+                del self._damaged[self._counted - 1]
+            return True
 
     def _before(self, block: int) -> _Mark | None:
         return max((m for m in self._marks if m.block <= block), default=None)
 
     def _read_next(self, source: Iterator[tuple[Sample, int, int]]) -> None:
         mark = self._next
+        while len(self._held) > 1:  # before, not after: with the new one there are two
+            del self._held[next(iter(self._held))]
         samples: list[Sample] = []
         turn, read = mark.turn, mark.sample
         for _ in range(self._size if mark.block else self._first):
@@ -345,12 +370,11 @@ class _Lane:
         seed = self._stream.seed
         chance = keyed_generator(seed, _BLOCK, self.number, mark.block)
         order: list[int] = torch.randperm(len(samples), generator=chance).tolist()
-        while len(self._held) > 1:
-            del self._held[next(iter(self._held))]
         self._held[mark.block] = [samples[k] for k in order]
         self._next = _Mark(mark.block + 1, turn, read)
         if self._next not in self._marks:
-            self._marks.append(self._next)
+            # those furthest on are kept: to them the reading returns from a look at the beginning
+            self._marks = sorted([*self._marks, self._next])[-_MARKS:]
 
     def _samples(self, turn: int, skip: int) -> Iterator[tuple[Sample, int, int]]:
         """Samples of use without an end, each with the turn and how many of its shard are read."""
@@ -361,7 +385,10 @@ class _Lane:
             read = skip
             for sample in self._stream.samples_of(self._stream.shard(turn), skip):
                 read += 1
-                if sample is not None:
+                if (turn, read) > self._furthest:
+                    self._furthest = (turn, read)
+                    self._stream.count(sample)
+                if isinstance(sample, Sample):
                     empty = 0
                     yield sample, turn, read
             turn, skip = turn + self._lanes, 0
