@@ -212,7 +212,7 @@ def test_too_many_broken_samples_stop(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample in 1 shards is of use"):
         stream(write_tar(tmp_path / "two.tar", {"a.txt": b"words"}), max_broken=1.0).load(0)
     nothing = write_tar(tmp_path / "three.tar", {"a.png": b"?", "a.txt": b"words"})
-    with pytest.raises(DataError, match="neither this image nor one of the 1 that were read with"):
+    with pytest.raises(DataError, match="neither this image nor one of the 7 that were read with"):
         stream(nothing, shuffle_buffer=8).load(7)
 
 
@@ -286,3 +286,9 @@ def test_a_lane_holds_two_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ShardStream, "samples_of", watched)
     numbers(data, range(200))
     assert max(most) == 1  # beside the one that is being read
+
+
+def test_no_shard_is_read_by_two_lanes_at_once(tmp_path: Path) -> None:
+    data = stream(write_shards(tmp_path, 2, 50), lanes=16, shuffle_buffer=16, batch_size=16)
+    found = numbers(data, range(80))
+    assert len(data._lanes) == 2 and len(set(found)) == 80

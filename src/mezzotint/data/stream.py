@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,69 +37,13 @@ from mezzotint.data.webdataset import WebDatasetConfig, told_by
 from mezzotint.errors import DataError
 from mezzotint.rng import keyed_generator
 
-__all__ = ["ShardStream", "StreamData", "merge_states"]
+__all__ = ["ShardStream", "merge_states"]
 
 _SHARDS, _BLOCK = 0x5A4D, 0xB10C  # keys of random numbers
 _MOST_FAULTS = 1000  # that are kept by name
 _FIRST = 1000  # samples on which at least the share of broken ones is judged
 _MARKS = 64  # blocks of a lane whose beginnings are remembered
 _EMPTY = 64  # shards without a sample of use that a lane passes by, and eight times their number
-
-
-class StreamData(Protocol):
-    """A data set without length or index; a sample is a function of (position, generator)."""
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes; None if there are none."""
-        ...
-
-    @property
-    def faults(self) -> list[Fault]:
-        """What was skipped so far; the first thousand of it."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what the stream is made of and of its order."""
-        ...
-
-    def load(self, position: int, generator: torch.Generator | None = None) -> Example:
-        """Return the sample at a position of the order, from 0 on and without an end.
-
-        It is cheap if positions rise, in steps of any size. Several threads may call it.
-
-        Args:
-            position: In the order of all ranks.
-            generator: Decides augmentation, alone; None gives the plain view.
-        """
-        ...
-
-    def describe(
-        self, position: int, generator: torch.Generator | None = None, *, with_map: bool = False
-    ) -> Description:
-        """Return what is known of a sample without decoding its picture."""
-        ...
-
-    def captions(self, limit: int) -> list[str]:
-        """Return the captions of the first samples, in the order in which they are stored."""
-        ...
-
-    def state(self, position: int) -> dict[str, Any]:
-        """Return plain values with which a resumed stream finds the position quickly.
-
-        Args:
-            position: That which will be asked for next.
-        """
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave; see `merge_states` for that of several ranks.
-
-        Raises:
-            DataError: If it is of another stream.
-        """
-        ...
 
 
 class _Mark(NamedTuple):
@@ -111,12 +55,13 @@ class _Mark(NamedTuple):
 
 
 class ShardStream:
-    """Shards as a stream; see `StreamData`, and the module for its order.
+    """Shards as a stream; see `mezzotint.data.base.StreamData`, and the module for its order.
 
     Args:
         config: Which shards, and how their images are seen.
         seed: Of the order.
-        batch_size: B, of all ranks together; L is its largest divisor up to ``lanes``.
+        batch_size: B, of all ranks together; L is its largest divisor up to ``lanes`` and to the
+            number of shards.
         on_fault: Called with every fault that is named.
 
     Attributes:
@@ -141,17 +86,18 @@ class ShardStream:
         self.class_names = config.classes
         self.faults: list[Fault] = []
         self.seen = self.broken = 0
-        self.fingerprint = self._fingerprint()
         self.on_fault = on_fault
         self._named: set[str] = set()
         self._numbers = {name: number for number, name in enumerate(config.classes or ())}
         self._counting = threading.Lock()
         self._order = lru_cache(maxsize=4)(self._permute)
-        most = min(config.lanes, batch_size)
+        # in more lanes than shards, one shard would be read by several at the same time
+        most = min(config.lanes, batch_size, len(self.shards))
         lanes = next(count for count in range(most, 0, -1) if batch_size % count == 0)
         self._share = batch_size // lanes  # of the batch, for each lane
         size = config.shuffle_buffer // lanes
         self._lanes = [_Lane(self, k, lanes, size) for k in range(lanes)]
+        self.fingerprint = self._fingerprint()
 
     def load(self, position: int, generator: torch.Generator | None = None) -> Example:
         """Return the sample at a position; see `StreamData.load`.
@@ -290,6 +236,7 @@ class ShardStream:
 
     def _fingerprint(self) -> str:
         settings = self.config.model_dump(exclude={"urls", "cache_limit_mib", "max_broken"})
+        settings["lanes"] = len(self._lanes)
         sizes = [None if "://" in place else Path(place).stat().st_size for place in self.shards]
         names = [shard_name(place) for place in self.shards]
         content = [names, sizes, settings, self.seed, self.batch_size]
@@ -327,7 +274,10 @@ class _Lane:
                 if self._source is None or not known.block <= self._next.block <= block:
                     self._next = known
                     self._source = self._samples(known.turn, known.sample)
-                self._read_next(self._source)
+                # after an error, from the block's beginning
+                source, self._source = self._source, None
+                self._read_next(source)
+                self._source = source
             return self._held[block]
 
     def mark(self, block: int) -> _Mark | None:

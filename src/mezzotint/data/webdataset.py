@@ -25,9 +25,11 @@ class WebDatasetConfig(CaptionedConfig):
         class_column: ``cls``, the text file, or a key of the JSON.
         stream: Whether training reads the shards from beginning to end, in constant memory; if
             not, they are on the disk and uncompressed, and every image is opened at the start.
-        shuffle_buffer: Encoded images that a stream holds, out of which it shuffles.
-        lanes: Shards that a stream reads side by side, at most. A multiple of the number of ranks
-            is best; the order of the samples depends on it, but not on the ranks.
+        shuffle_buffer: Encoded images out of which a stream shuffles; it holds at most twice as
+            many.
+        lanes: Shards that a stream reads side by side, at most; never more than there are. A
+            multiple of the number of ranks is best; the order of the samples depends on it, but
+            not on the ranks.
     """
 
     kind: Literal["webdataset"] = "webdataset"
