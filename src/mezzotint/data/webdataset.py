@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from mezzotint.data.base import Fault
 from mezzotint.data.captioned import CaptionedConfig, CaptionedImages, Entry, named_classes
-from mezzotint.data.shards import DamagedShard, Member, find_shards, index_shard
+from mezzotint.data.shards import TEXTS, DamagedShard, Member, find_shards, index_shard
 from mezzotint.errors import DataError
 
 __all__ = ["ShardData", "Told", "WebDatasetConfig", "index_shards", "told_by"]
@@ -142,11 +142,11 @@ def index_shards(
         path = Path(place)
         try:
             for name, parts in index_shard(path):
-                image = next((m for kind, m in parts.items() if kind not in _TEXTS), None)
+                image = next((m for kind, m in parts.items() if kind not in TEXTS), None)
                 if image is None:
                     faults.append(Fault(name, "no image"))
                     continue
-                texts = {kind: _read(path, m) for kind, m in parts.items() if kind in _TEXTS}
+                texts = {kind: _read(path, m) for kind, m in parts.items() if kind in TEXTS}
                 caption, class_name, fault = told_by(texts, config)
                 if fault is not None:
                     faults.append(Fault(name, fault))
@@ -156,9 +156,6 @@ def index_shards(
         except DamagedShard as error:
             faults.append(Fault(path.name, f"{error}; what follows is lost"))
     return entries, faults, named_classes(entries, config.classes, _where(config))
-
-
-_TEXTS = ("txt", "json", "cls")
 
 
 class _ShardImage(NamedTuple):
