@@ -1,5 +1,6 @@
 """Tar files of samples: which there are, what stands in them, and where they are damaged."""
 
+import contextlib
 import functools
 import gzip
 import http.server
@@ -7,6 +8,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,25 @@ def test_damage_is_told_where_tarfile_would_stop_in_silence(tmp_path: Path) -> N
     assert [fault.name for fault in data.faults] == ["00001.tar"]
 
 
+@pytest.mark.parametrize("kept", [0, 9, 18])
+def test_an_end_between_two_files_is_damage(tmp_path: Path, kept: int) -> None:
+    """Cut there, a tar file has whole members alone: only the zeros at its end are missing."""
+    path = write_shards(tmp_path, 1, 6) / "00000.tar"
+    content = path.read_bytes()
+    headers = [m.offset - 512 for _, parts in index_shard(path) for m in parts.values()]
+    end = len(content.rstrip(b"\0")) // 512 * 512 + 512
+    part = content[: [*headers, end][kept]]
+    path.write_bytes(part)
+    (tmp_path / "00000.tar.gz").write_bytes(gzip.compress(part))
+    for place in (path, tmp_path / "00000.tar.gz"):
+        read: list[str] = []
+        with pytest.raises(DamagedShard, match=f"ends at byte {len(part):,}, without a tar file's"):
+            read.extend(s.name for s in read_shard(str(place)))
+        assert len(read) == max(kept // 3 - 1, 0)
+    with pytest.raises(DamagedShard, match="without a tar file's end mark"):
+        list(index_shard(path))
+
+
 def test_shards_have_an_index(tmp_path: Path) -> None:
     data = open_shards(write_shards(tmp_path, 3, 4), class_column="kind_of")
     assert (len(data), data.class_names) == (12, ("class 0", "class 1", "class 2"))
@@ -147,12 +168,17 @@ def server(tmp_path: Path) -> Iterator[str]:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None: ...
 
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
-        thread = threading.Thread(target=serving.serve_forever, daemon=True)
+    with serving(functools.partial(Quiet, directory=str(tmp_path))) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{serving.server_port}"
-        serving.shutdown()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
         thread.join()
 
 
@@ -169,3 +195,27 @@ def test_shards_are_read_over_http_and_unpacked(
     monkeypatch.setattr("mezzotint.data.shards.time.sleep", lambda seconds: None)
     with pytest.raises(DataError, match=r"00009.tar: cannot be read: HTTP Error 404"):
         list(read_shard(f"{server}/00009.tar"))
+
+
+def test_a_connection_that_drops_between_two_files_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shards(tmp_path, 1, 5) / "00000.tar"
+    content, wanted = path.read_bytes(), [s.parts for s in read_shard(str(path))]
+    cut = [m.offset - 512 for _, parts in index_shard(path) for m in parts.values()][6]
+    asked: list[str] = []
+
+    class Dropping(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content if len(asked) % 3 == 0 else content[:cut])
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    monkeypatch.setattr("mezzotint.data.shards.time.sleep", lambda seconds: None)
+    with serving(Dropping) as address:
+        assert [s.parts for s in read_shard(f"{address}/00000.tar")] == wanted
+    assert len(asked) == 3

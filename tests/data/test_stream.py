@@ -212,7 +212,7 @@ def test_too_many_broken_samples_stop(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample in 1 shards is of use"):
         stream(write_tar(tmp_path / "two.tar", {"a.txt": b"words"}), max_broken=1.0).load(0)
     nothing = write_tar(tmp_path / "three.tar", {"a.png": b"?", "a.txt": b"words"})
-    with pytest.raises(DataError, match="neither this image nor one of the 1 that were read with"):
+    with pytest.raises(DataError, match="neither this image nor one of the 7 that were read with"):
         stream(nothing, shuffle_buffer=8).load(7)
 
 
@@ -227,3 +227,68 @@ def test_a_shard_that_ends_early_is_named_and_one_that_is_gone_stops(tmp_path: P
     cut.unlink()
     with pytest.raises(DataError, match="00001.tar: no such file; put the shard back"):
         numbers(data, range(120, 400))
+
+
+def test_a_look_at_the_beginning_costs_a_block_and_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Previews and checks ask for the first positions in the middle of a run."""
+    path = broken(tmp_path)
+    data = stream(path, lanes=1, shuffle_buffer=8, max_broken=1.0)
+    wanted = numbers(data, range(700))
+    state, counts = data.state(700), (data.seen, data.broken)
+    # of twenty, one without a text is passed by, and two broken pictures keep their places
+    assert 735 <= data.seen <= 750 and 3 * 36 <= data.broken <= 3 * 38
+    opened: list[int] = []
+    read = ShardStream.samples_of
+
+    def counted(self: ShardStream, place: str, skip: int):
+        opened.append(skip)
+        return read(self, place, skip)
+
+    monkeypatch.setattr(ShardStream, "samples_of", counted)
+    for _ in range(3):
+        assert numbers(data, range(8)) == wanted[:8]
+        assert numbers(data, range(690, 700)) == wanted[690:]
+    assert len(opened) <= 3 * 4 and (data.seen, data.broken) == counts
+    resumed = stream(path, lanes=1, shuffle_buffer=8, max_broken=1.0)
+    resumed.describe(0)
+    resumed.load_state(state)
+    opened.clear()
+    assert numbers(resumed, range(699, 700)) == wanted[699:]
+    assert numbers(resumed, range(8)) == wanted[:8]
+    assert len(opened) <= 4 and resumed.seen <= 3 * 10
+
+
+def test_every_rank_counts_what_it_reads(tmp_path: Path) -> None:
+    """Of a lane that three ranks share, each reads all and loads a third."""
+    members: dict[str, bytes] = {}
+    for k in range(1000):
+        members |= sample(f"{k:04d}", k % 256)
+        if k % 16 == 0:
+            del members[f"{k:04d}.txt"]
+    data = stream(write_tar(tmp_path / "one.tar", members), lanes=1, max_broken=0.08)
+    numbers(data, range(0, 2700, 3))
+    assert 2700 < data.seen < 3000
+    assert data.broken / data.seen == pytest.approx(1 / 16, rel=0.05)
+
+
+def test_a_lane_holds_two_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stream(folder, lanes=1)
+    most: list[int] = []
+    read = ShardStream.samples_of
+
+    def watched(self: ShardStream, place: str, skip: int):
+        for found in read(self, place, skip):
+            most.append(len(self._lanes[0]._held))
+            yield found
+
+    monkeypatch.setattr(ShardStream, "samples_of", watched)
+    numbers(data, range(200))
+    assert max(most) == 1  # beside the one that is being read
+
+
+def test_no_shard_is_read_by_two_lanes_at_once(tmp_path: Path) -> None:
+    data = stream(write_shards(tmp_path, 2, 50), lanes=16, shuffle_buffer=16, batch_size=16)
+    found = numbers(data, range(80))
+    assert len(data._lanes) == 2 and len(set(found)) == 80

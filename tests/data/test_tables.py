@@ -83,6 +83,27 @@ def test_images_may_be_bytes_or_paths_inside_the_folder(tmp_path: Path) -> None:
     assert reasons[2:] == ["no such file", "no image"]
 
 
+def test_a_path_is_from_the_folder_of_its_own_parquet_file(tmp_path: Path) -> None:
+    """The same name in several folders is another picture in each; and files differ in length."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    wanted: dict[str, int] = {}
+    for number, (folder, count) in enumerate({"b": 3, "a": 1, "c/d": 2}.items()):
+        (tmp_path / folder).mkdir(parents=True)
+        names = [f"{k}.png" for k in range(count)]
+        for k, name in enumerate(names):
+            wanted[f"{folder} {name}"] = 10 * number + k
+            (tmp_path / folder / name).write_bytes(picture(10 * number + k))
+        texts = [f"{folder} {name}" for name in names]
+        rows = pa.table({"image": names, "text": texts})
+        pa.parquet.write_table(rows, tmp_path / folder / "rows.parquet")
+    for path in (tmp_path, tmp_path / "**/*.parquet"):
+        data = open_parquet(path, caption_column="text")
+        found = [data.load(k) for k in range(len(data))]
+        assert {e.caption: int(e.image[0, 0, 0]) for e in found} == wanted and len(found) == 6
+
+
 def test_one_of_several_captions_is_chosen(tmp_path: Path) -> None:
     rows = {
         "image": [{"bytes": picture(k), "path": None} for k in range(2)],

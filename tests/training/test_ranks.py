@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from shard_files import sample, write_tar
 
 from mezzotint.checkpoints.model import load_model
 from mezzotint.errors import ConfigError
@@ -69,6 +71,22 @@ def recipes(tiny, folder: Path) -> list[str]:
     return list(written)
 
 
+def stream_recipe(tiny, shards: Path) -> dict[str, Any]:
+    """A recipe of two shards, in which seven of sixteen pictures have no text."""
+    for shard in range(2):
+        members: dict[str, bytes] = {}
+        for k in range(16):
+            members |= sample(f"{k:04d}", k)
+            if k < 7:
+                del members[f"{k:04d}.txt"]
+        write_tar(shards / f"{shard:05d}.tar", members)
+    data = {"kind": "webdataset", "urls": str(shards), "resolution": 32, "max_broken": 0.9}
+    recipe = tiny.diffusion(
+        data={**data, "shuffle_buffer": 64}, latent_variants=0, budget={"max_steps": 2}
+    )
+    return recipe.to_dict()
+
+
 def torchrun(folder: Path, *lines: str, expect: int = 0) -> str:
     """Let two ranks train; returns what they said."""
     done = subprocess.run(
@@ -90,7 +108,8 @@ def both(tiny, tmp_path_factory) -> tuple[Path, Path]:
     recipes(tiny, two)
     for name in names:
         train(one / f"{name}.yaml", output=one / "runs" / name, console=QUIET)
-    torchrun(two, *names)
+    (two / "stream.yaml").write_text(yaml.safe_dump(stream_recipe(tiny, two / "shards")))
+    torchrun(two, *names, "stream")
     return one / "runs", two / "runs"
 
 
@@ -131,6 +150,18 @@ def test_two_processes_end_where_one_does(both, name):
         assert tensors.keys() == two.tensors[group].keys()
         for key, tensor in tensors.items():
             torch.testing.assert_close(tensor, two.tensors[group][key], rtol=1e-5, atol=1e-7)
+
+
+def test_what_each_rank_skips_is_told(both):
+    """A rank reads a shard of its own, and the first alone writes."""
+    told = (both[1] / "stream" / "log.txt").read_text()
+    own, other = (
+        re.findall(rf":\d\d {who}skipped (\S+): no text", told) for who in ("", "rank 1 ")
+    )
+    assert len(own) in (7, 14) and len(other) == 5
+    assert {name.partition("/")[0] for name in (*own, *other)} == {"00000.tar", "00001.tar"}
+    more = re.search(r"rank 1 skipped (\d+) more", told)
+    assert more is not None and int(more[1]) in (2, 9)
 
 
 def test_the_statistics_of_latents_are_those_of_all(both):

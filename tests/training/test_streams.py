@@ -3,6 +3,7 @@
 import pytest
 from shard_files import write_shards
 
+from mezzotint.data import ShardStream
 from mezzotint.errors import ConfigError, TrainingError
 from mezzotint.training.checkpoint import newest_checkpoint
 
@@ -64,6 +65,28 @@ def test_an_autoencoder_resumes_within_an_epoch(tiny, shards, tmp_path, monkeypa
         return tiny.autoencoder(data=data(shards), budget={"max_steps": steps})
 
     compare(tiny, make, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoencoder"])
+def test_previews_are_taken_from_a_stream_once(tiny, shards, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("mezzotint.training.autoencoder._MEASURED", 1)
+    plain: list[int] = []
+    load = ShardStream.load
+
+    def watched(self, position, generator=None):
+        if generator is None:
+            plain.append(position)
+        return load(self, position, generator)
+
+    monkeypatch.setattr(ShardStream, "load", watched)
+    changes = {"data": data(shards), "run": {"sample_minutes": 0.0001}, "budget": {"max_steps": 3}}
+    if kind == "diffusion":
+        changes |= {"latent_variants": 0, **UNCONDITIONAL}
+    run = tiny.train(getattr(tiny, kind)(**changes), tmp_path / "run")
+    assert len(list((run / "samples").glob("*.png"))) > 1
+    # to measure the latents at the end, an autoencoder takes one more
+    wanted = {"diffusion": range(16), "autoencoder": (*range(8), 0)}[kind]
+    assert sorted(plain) == sorted(wanted)
 
 
 def test_what_a_stream_cannot_be_asked_is_told(tiny, shards, tmp_path):

@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mezzotint.data.base import Description, Example, Fault, ImageData
+from mezzotint.data.base import Description, Example, Fault, ImageData, StreamData
 from mezzotint.data.coco import CocoData, CocoDataConfig
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.data.images import FolderData, FolderDataConfig
 from mezzotint.data.maps import MapFolderData, MapFolderDataConfig
 from mezzotint.data.scenes import ScenesData, ScenesDataConfig
-from mezzotint.data.stream import ShardStream, StreamData
+from mezzotint.data.stream import ShardStream
 from mezzotint.data.tables import HubDataConfig, ParquetDataConfig, TableData
 from mezzotint.data.webdataset import ShardData, WebDatasetConfig
 

@@ -1,7 +1,8 @@
-"""What a data set gives: one example by its index, and nothing that depends on an order."""
+"""What a data set gives: one example by its index, or by its position in a stream."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from mezzotint.conditioning.base import Box
 
 __all__ = ["ContentAddressed", "Description", "Example", "Fault", "ImageData"]
+__all__ += ["StreamData"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +105,61 @@ class ContentAddressed(Protocol):
 
         Args:
             index: From 0 to ``len - 1``.
+        """
+        ...
+
+
+class StreamData(Protocol):
+    """A data set without length or index; a sample is a function of (position, generator)."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None if there are none."""
+        ...
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What was skipped so far; the first thousand of it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the stream is made of and of its order."""
+        ...
+
+    def load(self, position: int, generator: torch.Generator | None = None) -> Example:
+        """Return the sample at a position of the order, from 0 on and without an end.
+
+        It is cheap if positions rise, in steps of any size. Several threads may call it.
+
+        Args:
+            position: In the order of all ranks.
+            generator: Decides augmentation, alone; None gives the plain view.
+        """
+        ...
+
+    def describe(
+        self, position: int, generator: torch.Generator | None = None, *, with_map: bool = False
+    ) -> Description:
+        """Return what is known of a sample without decoding its picture."""
+        ...
+
+    def captions(self, limit: int) -> list[str]:
+        """Return the captions of the first samples, in the order in which they are stored."""
+        ...
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Return plain values with which a resumed stream finds the position quickly.
+
+        Args:
+            position: That which will be asked for next.
+        """
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave; see `merge_states` for that of several ranks.
+
+        Raises:
+            DataError: If it is of another stream.
         """
         ...

@@ -22,7 +22,7 @@ from mezzotint.data.decoding import PICTURE_SUFFIXES
 from mezzotint.data.files import missing_path, one_line
 from mezzotint.errors import DataError, MissingExtraError
 
-__all__ = ["DamagedShard", "Member", "Sample", "find_shards", "index_shard", "read_shard"]
+__all__ = ["TEXTS", "DamagedShard", "Member", "Sample", "find_shards", "index_shard", "read_shard"]
 __all__ += ["shard_name"]
 
 _BLOCK = 512
@@ -30,7 +30,7 @@ _MOST_MEMBER = 256 << 20  # bytes; a larger file is passed by, as no image has s
 _MOST_SHARDS = 1_000_000  # that a pattern may name
 _TRIES = 3
 _TIMEOUT = 60.0  # seconds
-_TEXTS = frozenset({"txt", "json", "cls"})
+TEXTS = frozenset({"txt", "json", "cls"})  # kinds of files that are kept beside a picture
 _PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -243,14 +243,15 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _wanted(member: Member, kind: str) -> bool:
-    return (kind in _PICTURES or kind in _TEXTS) and member.size <= _MOST_MEMBER
+    return (kind in _PICTURES or kind in TEXTS) and member.size <= _MOST_MEMBER
 
 
 class _Tar:
     """The regular files of a tar file that is read forward only.
 
-    `tarfile` takes a damaged header for the end of the file, and what follows would be lost
-    without a word; here it is a DamagedShard.
+    `tarfile` takes a damaged header for the end of the file, and so it does an end without the
+    block of zeros that every writer puts there, as where a connection drops: what follows would be
+    lost without a word. Here either is a DamagedShard.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -284,8 +285,10 @@ class _Tar:
 
     def _header(self) -> tarfile.TarInfo | None:
         block = self._some(_BLOCK)
-        if not block.strip(b"\0") and len(block) in (0, _BLOCK):
+        if len(block) == _BLOCK and not block.strip(b"\0"):
             return None
+        if not block:
+            raise DamagedShard(f"ends at byte {self._position:,}, without a tar file's end mark")
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:

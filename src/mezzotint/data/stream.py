@@ -22,11 +22,10 @@ there a second time: whether it is whole is known only to the rank that decodes 
 import hashlib
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,69 +37,13 @@ from mezzotint.data.webdataset import WebDatasetConfig, told_by
 from mezzotint.errors import DataError
 from mezzotint.rng import keyed_generator
 
-__all__ = ["ShardStream", "StreamData", "merge_states"]
+__all__ = ["ShardStream", "merge_states"]
 
 _SHARDS, _BLOCK = 0x5A4D, 0xB10C  # keys of random numbers
 _MOST_FAULTS = 1000  # that are kept by name
 _FIRST = 1000  # samples on which at least the share of broken ones is judged
 _MARKS = 64  # blocks of a lane whose beginnings are remembered
 _EMPTY = 64  # shards without a sample of use that a lane passes by, and eight times their number
-
-
-class StreamData(Protocol):
-    """A data set without length or index; a sample is a function of (position, generator)."""
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes; None if there are none."""
-        ...
-
-    @property
-    def faults(self) -> list[Fault]:
-        """What was skipped so far; the first thousand of it."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what the stream is made of and of its order."""
-        ...
-
-    def load(self, position: int, generator: torch.Generator | None = None) -> Example:
-        """Return the sample at a position of the order, from 0 on and without an end.
-
-        It is cheap if positions rise, in steps of any size. Several threads may call it.
-
-        Args:
-            position: In the order of all ranks.
-            generator: Decides augmentation, alone; None gives the plain view.
-        """
-        ...
-
-    def describe(
-        self, position: int, generator: torch.Generator | None = None, *, with_map: bool = False
-    ) -> Description:
-        """Return what is known of a sample without decoding its picture."""
-        ...
-
-    def captions(self, limit: int) -> list[str]:
-        """Return the captions of the first samples, in the order in which they are stored."""
-        ...
-
-    def state(self, position: int) -> dict[str, Any]:
-        """Return plain values with which a resumed stream finds the position quickly.
-
-        Args:
-            position: That which will be asked for next.
-        """
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave; see `merge_states` for that of several ranks.
-
-        Raises:
-            DataError: If it is of another stream.
-        """
-        ...
 
 
 class _Mark(NamedTuple):
@@ -112,18 +55,20 @@ class _Mark(NamedTuple):
 
 
 class ShardStream:
-    """Shards as a stream; see `StreamData`, and the module for its order.
+    """Shards as a stream; see `mezzotint.data.base.StreamData`, and the module for its order.
 
     Args:
         config: Which shards, and how their images are seen.
         seed: Of the order.
-        batch_size: B, of all ranks together; L is its largest divisor up to ``lanes``.
+        batch_size: B, of all ranks together; L is its largest divisor up to ``lanes`` and to the
+            number of shards.
         on_fault: Called with every fault that is named.
 
     Attributes:
         on_fault: See above; from whichever thread reads.
-        seen: Samples that were read or asked for.
-        broken: Those among them that are of no use.
+        seen: Samples that were read, anew in every epoch; what is read again for a position that
+            was passed is not counted again.
+        broken: Those among them that are of no use, and shards that end early.
 
     Raises:
         DataError: If a pattern names no shard.
@@ -141,17 +86,18 @@ class ShardStream:
         self.class_names = config.classes
         self.faults: list[Fault] = []
         self.seen = self.broken = 0
-        self.fingerprint = self._fingerprint()
         self.on_fault = on_fault
         self._named: set[str] = set()
         self._numbers = {name: number for number, name in enumerate(config.classes or ())}
         self._counting = threading.Lock()
         self._order = lru_cache(maxsize=4)(self._permute)
-        most = min(config.lanes, batch_size)
+        # in more lanes than shards, one shard would be read by several at the same time
+        most = min(config.lanes, batch_size, len(self.shards))
         lanes = next(count for count in range(most, 0, -1) if batch_size % count == 0)
         self._share = batch_size // lanes  # of the batch, for each lane
         size = config.shuffle_buffer // lanes
         self._lanes = [_Lane(self, k, lanes, size) for k in range(lanes)]
+        self.fingerprint = self._fingerprint()
 
     def load(self, position: int, generator: torch.Generator | None = None) -> Example:
         """Return the sample at a position; see `StreamData.load`.
@@ -159,13 +105,15 @@ class ShardStream:
         Raises:
             DataError: If a shard has gone, or more than ``max_broken`` of what was seen is broken.
         """
-        samples, place = self._find(position)
-        self._count(1)
-        for sample in (*samples[place:], *samples[:place]):
+        lane, block, place = self._find(position)
+        samples = lane.read(block)
+        for k in (*range(place, len(samples)), *range(place)):
+            sample = samples[k]
             try:
                 pixels = decode_view(sample.picture or b"", self.config, ()).pixels
             except Exception as error:  # a damaged file makes decoders raise anything
-                self.fault(Fault(sample.name, one_line(error)))
+                if lane.is_new(block, k):
+                    self.fault(Fault(sample.name, one_line(error)))
                 continue
             known, side = self._describe(sample), self.config.resolution
             high, wide = pixels.shape[:2]
@@ -180,8 +128,8 @@ class ShardStream:
         self, position: int, generator: torch.Generator | None = None, *, with_map: bool = False
     ) -> Description:
         """Return caption and label of a sample, whole or not; see `StreamData.describe`."""
-        samples, place = self._find(position)
-        return self._describe(samples[place])
+        lane, block, place = self._find(position)
+        return self._describe(lane.read(block)[place])
 
     def captions(self, limit: int) -> list[str]:
         """Return the captions of the first samples; see `StreamData.captions`."""
@@ -190,7 +138,7 @@ class ShardStream:
             for sample in self.samples_of(place, 0):
                 if len(found) == limit:
                     return found
-                if sample is not None and (caption := self._describe(sample).caption):
+                if isinstance(sample, Sample) and (caption := self._describe(sample).caption):
                     found.append(caption)
         return found
 
@@ -221,17 +169,25 @@ class ShardStream:
         epoch, place = divmod(turn, len(self.shards))
         return self.shards[self._order(epoch)[place]]
 
-    def samples_of(self, place: str, skip: int) -> Iterator[Sample | None]:
-        """Read a shard; None stands for a sample that is of no use."""
+    def samples_of(self, place: str, skip: int) -> Iterator[Sample | Fault]:
+        """Read a shard; a fault stands for a sample that is of no use, or for a damaged rest."""
         try:
             for sample in read_shard(place, skip):
                 fault = "no image" if sample.picture is None else self._told_fault(sample)
-                if fault is not None:
-                    self._count(1)
-                    self.fault(Fault(sample.name, fault))
-                yield None if fault else sample
+                yield sample if fault is None else Fault(sample.name, fault)
         except DamagedShard as error:
-            self.fault(Fault(shard_name(place), f"{error}; what follows is lost"))
+            yield Fault(shard_name(place), f"{error}; what follows is lost")
+
+    def count(self, sample: Sample | Fault) -> None:
+        """Count what is read for the first time.
+
+        Raises:
+            DataError: As `fault` raises.
+        """
+        with self._counting:
+            self.seen += 1
+        if isinstance(sample, Fault):
+            self.fault(sample)
 
     def fault(self, fault: Fault) -> None:
         """Count something that is skipped, and name it unless it was or too many were.
@@ -255,13 +211,12 @@ class ShardStream:
                 f" {allowed:.1%}): {named} and so on; mend them, or raise max_broken"
             )
 
-    def _find(self, position: int) -> tuple[list[Sample], int]:
-        """The block that holds a position, and the place in it."""
+    def _find(self, position: int) -> tuple["_Lane", int, int]:
+        """The lane and the block that hold a position, and the place in the block."""
         batch, place = divmod(position, self.batch_size)
         number, place = divmod(place, self._share)
         lane = self._lanes[number]
-        block, place = lane.block_of(batch * self._share + place)
-        return lane.read(block), place
+        return lane, *lane.block_of(batch * self._share + place)
 
     def _describe(self, sample: Sample) -> Description:
         told = told_by(sample.parts, self.config)
@@ -275,16 +230,13 @@ class ShardStream:
             return f"its class {told.class_name!r} is not among data.classes"
         return told.fault
 
-    def _count(self, samples: int) -> None:
-        with self._counting:
-            self.seen += samples
-
     def _permute(self, epoch: int) -> list[int]:
         chance = keyed_generator(self.seed, _SHARDS, epoch)
         return torch.randperm(len(self.shards), generator=chance).tolist()
 
     def _fingerprint(self) -> str:
         settings = self.config.model_dump(exclude={"urls", "cache_limit_mib", "max_broken"})
+        settings["lanes"] = len(self._lanes)
         sizes = [None if "://" in place else Path(place).stat().st_size for place in self.shards]
         names = [shard_name(place) for place in self.shards]
         content = [names, sizes, settings, self.seed, self.batch_size]
@@ -298,10 +250,13 @@ class _Lane:
         self.number = number
         self._stream, self._lanes, self._size = stream, lanes, size
         self._first = -(-size * (number + 1) // lanes)  # lanes don't all read at once
-        self._marks: deque[_Mark] = deque([_Mark(0, number, 0)], maxlen=_MARKS)
+        self._marks = [_Mark(0, number, 0)]  # rising
         self._held: dict[int, list[Sample]] = {}
         self._source: Iterator[tuple[Sample, int, int]] | None = None
         self._next = self._marks[0]
+        self._furthest = (number, 0)  # turn and sample that were read; all before are counted
+        self._damaged: dict[int, set[int]] = {}  # places, of the last blocks that have any
+        self._counted = 0  # blocks before it are counted
         self._reading = threading.Lock()
 
     def block_of(self, n: int) -> tuple[int, int]:
@@ -315,10 +270,14 @@ class _Lane:
         """The samples of a block, shuffled."""
         with self._reading:
             while block not in self._held:
-                if self._source is None or block < self._next.block:
-                    self._next = self._before(block) or _Mark(0, self.number, 0)
-                    self._source = self._samples(self._next.turn, self._next.sample)
-                self._read_next(self._source)
+                known = self._before(block) or _Mark(0, self.number, 0)
+                if self._source is None or not known.block <= self._next.block <= block:
+                    self._next = known
+                    self._source = self._samples(known.turn, known.sample)
+                # after an error, from the block's beginning
+                source, self._source = self._source, None
+                self._read_next(source)
+                self._source = source
             return self._held[block]
 
     def mark(self, block: int) -> _Mark | None:
@@ -330,13 +289,29 @@ class _Lane:
     def start(self, mark: _Mark) -> None:
         """Say where a block begins."""
         with self._reading:
-            self._marks.append(mark)
+            self._marks = [mark]
+            self._furthest = max(self._furthest, mark[1:])
+            self._counted = max(self._counted, mark.block)
+
+    def is_new(self, block: int, place: int) -> bool:
+        """Whether a sample that cannot be decoded is met for the first time."""
+        with self._reading:
+            places = self._damaged.get(block, set[int]())
+            if block < self._counted or place in places:
+                return False
+            self._damaged[block] = places | {place}
+            if len(self._damaged) > _MARKS:
+                self._counted = min(self._damaged) + 1
+                del self._damaged[self._counted - 1]
+            return True
 
     def _before(self, block: int) -> _Mark | None:
         return max((m for m in self._marks if m.block <= block), default=None)
 
     def _read_next(self, source: Iterator[tuple[Sample, int, int]]) -> None:
         mark = self._next
+        while len(self._held) > 1:  # before, not after: with the new one there are two
+            del self._held[next(iter(self._held))]
         samples: list[Sample] = []
         turn, read = mark.turn, mark.sample
         for _ in range(self._size if mark.block else self._first):
@@ -345,12 +320,11 @@ class _Lane:
         seed = self._stream.seed
         chance = keyed_generator(seed, _BLOCK, self.number, mark.block)
         order: list[int] = torch.randperm(len(samples), generator=chance).tolist()
-        while len(self._held) > 1:
-            del self._held[next(iter(self._held))]
         self._held[mark.block] = [samples[k] for k in order]
         self._next = _Mark(mark.block + 1, turn, read)
         if self._next not in self._marks:
-            self._marks.append(self._next)
+            # those furthest on are kept: to them the reading returns from a look at the beginning
+            self._marks = sorted([*self._marks, self._next])[-_MARKS:]
 
     def _samples(self, turn: int, skip: int) -> Iterator[tuple[Sample, int, int]]:
         """Samples of use without an end, each with the turn and how many of its shard are read."""
@@ -361,7 +335,10 @@ class _Lane:
             read = skip
             for sample in self._stream.samples_of(self._stream.shard(turn), skip):
                 read += 1
-                if sample is not None:
+                if (turn, read) > self._furthest:
+                    self._furthest = (turn, read)
+                    self._stream.count(sample)
+                if isinstance(sample, Sample):
                     empty = 0
                     yield sample, turn, read
             turn, skip = turn + self._lanes, 0

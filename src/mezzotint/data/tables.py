@@ -1,7 +1,7 @@
 """Tables with a row per image: parquet files, and data sets of the Hugging Face hub by name."""
 
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,8 @@ class ParquetDataConfig(CaptionedConfig):
     Attributes:
         path: A file, a pattern such as ``data/train-*.parquet``, or a folder of which all parquet
             files are read.
-        image_column: Holds the bytes of an image file, or its path from the parquet file's folder.
+        image_column: Holds the bytes of an image file, or its path from the folder of the row's own
+            parquet file.
     """
 
     kind: Literal["parquet"] = "parquet"
@@ -124,12 +125,14 @@ def read_table(
     except ImportError:
         raise MissingExtraError("datasets", "train", "reading a table of images") from None
     where = _where(config)
-    root: Path | None = None
+    roots: list[Path] | None = None
     if isinstance(config, ParquetDataConfig):
         files = _parquet_files(config.path)
-        root = files[0].parent
         names: list[Any] = [str(file) for file in files]
         table = _read(where, lambda: datasets.Dataset.from_parquet(names))
+        folders: list[Path] = _read(where, lambda: _folders(files))
+        assert len(folders) == len(table), "the library reads all rows of all files, in order"
+        roots = folders
     else:
         table = _read(
             where,
@@ -151,6 +154,7 @@ def read_table(
     entries: list[Entry] = []
     faults: list[Fault] = []
     for k in range(len(table)):
+        root = None if roots is None else roots[k]
         image = _RowImage(rows, config.image_column, k, where, root)
         texts = _texts(captions[k]) if captions is not None else ()
         value = None if classes is None else classes[k]
@@ -186,6 +190,14 @@ def _parquet_files(path: str) -> list[Path]:
     if place.is_dir():
         raise DataError(f"{place}: no parquet files in this folder")
     raise DataError(f"{place}: no such file, folder or pattern{missing_path(place, files=True)}")
+
+
+def _folders(files: Sequence[Path]) -> list[Path]:
+    """The folder of each row's parquet file."""
+    from pyarrow import parquet
+
+    rows = [(file.parent, parquet.read_metadata(file).num_rows) for file in files]
+    return [folder for folder, count in rows for _ in range(count)]
 
 
 def _read(where: str, read: Callable[[], object]) -> Any:

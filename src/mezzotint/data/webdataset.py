@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from mezzotint.data.base import Fault
 from mezzotint.data.captioned import CaptionedConfig, CaptionedImages, Entry, named_classes
-from mezzotint.data.shards import DamagedShard, Member, find_shards, index_shard
+from mezzotint.data.shards import TEXTS, DamagedShard, Member, find_shards, index_shard
 from mezzotint.errors import DataError
 
 __all__ = ["ShardData", "Told", "WebDatasetConfig", "index_shards", "told_by"]
@@ -25,9 +25,11 @@ class WebDatasetConfig(CaptionedConfig):
         class_column: ``cls``, the text file, or a key of the JSON.
         stream: Whether training reads the shards from beginning to end, in constant memory; if
             not, they are on the disk and uncompressed, and every image is opened at the start.
-        shuffle_buffer: Encoded images that a stream holds, out of which it shuffles.
-        lanes: Shards that a stream reads side by side, at most. A multiple of the number of ranks
-            is best; the order of the samples depends on it, but not on the ranks.
+        shuffle_buffer: Encoded images out of which a stream shuffles; it holds at most twice as
+            many.
+        lanes: Shards that a stream reads side by side, at most; never more than there are. A
+            multiple of the number of ranks is best; the order of the samples depends on it, but
+            not on the ranks.
     """
 
     kind: Literal["webdataset"] = "webdataset"
@@ -140,11 +142,11 @@ def index_shards(
         path = Path(place)
         try:
             for name, parts in index_shard(path):
-                image = next((m for kind, m in parts.items() if kind not in _TEXTS), None)
+                image = next((m for kind, m in parts.items() if kind not in TEXTS), None)
                 if image is None:
                     faults.append(Fault(name, "no image"))
                     continue
-                texts = {kind: _read(path, m) for kind, m in parts.items() if kind in _TEXTS}
+                texts = {kind: _read(path, m) for kind, m in parts.items() if kind in TEXTS}
                 caption, class_name, fault = told_by(texts, config)
                 if fault is not None:
                     faults.append(Fault(name, fault))
@@ -154,9 +156,6 @@ def index_shards(
         except DamagedShard as error:
             faults.append(Fault(path.name, f"{error}; what follows is lost"))
     return entries, faults, named_classes(entries, config.classes, _where(config))
-
-
-_TEXTS = ("txt", "json", "cls")
 
 
 class _ShardImage(NamedTuple):

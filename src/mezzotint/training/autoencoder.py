@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mezzotint.checkpoints.model import save_first_stage
 from mezzotint.device import Execution, autocast, widened
+from mezzotint.errors import TrainingError
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.latent_diffusion import LatentNormalization, encode_moments
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel
@@ -361,12 +362,17 @@ class AutoencoderTask:
         if saved_scaler := checkpoint.values.get("scaler"):
             self.scaler.load_state_dict(saved_scaler)
 
+    @cached_property
+    def _previews(self) -> Tensor:
+        """Images ``(B, 3, H, W)``, kept: a stream is not to go back to its beginning for them."""
+        return torch.stack([self.data.load(k).image for k in spread(self.data, _PREVIEWS)])
+
     @torch.no_grad()
     def draw_samples(self, path: Path) -> None:
         """Draw originals above their reconstructions."""
         if not self.ranks.is_first:
             return
-        images = torch.stack([self.data.load(k).image for k in spread(self.data, _PREVIEWS)])
+        images = self._previews
         with self._averaged():
             self.model.eval()
             pixels = to_pixels(images, self.execution.device).to(self.execution.weights)

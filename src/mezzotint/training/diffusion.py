@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Generator, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from mezzotint.training.orders import (
     stream_state,
 )
 from mezzotint.training.parallel import Parallel, gather_into, laid_out, load_whole, shard
-from mezzotint.training.previews import make_previews, preview_sheet, request_fields
+from mezzotint.training.previews import Preview, make_previews, preview_sheet, request_fields
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.snapshots import save_if_due
@@ -334,6 +335,11 @@ class DiffusionTask:
             if self.ranks.is_first:
                 self._draw(model, path)
 
+    @cached_property
+    def _previews(self) -> list[Preview]:
+        """Examples, kept: a stream is not to go back to its beginning for them."""
+        return make_previews(self.conditions, _PREVIEWS, self.recipe.seed)
+
     def _draw(self, model: LatentDiffusion, path: Path) -> None:
         recipe, execution = self.recipe, self.execution
         if execution.weights is torch.float64:
@@ -341,7 +347,7 @@ class DiffusionTask:
             execution = replace(execution, precision=torch.float32)
         pipeline = Pipeline(model, execution, recipe.name)
         pipeline.model_hash = "training"  # the weights move: a hash of them would mean nothing
-        previews = make_previews(self.conditions, _PREVIEWS, recipe.seed)
+        previews = self._previews
         pictures = InputPictures()
         requests = [
             pipeline.request(

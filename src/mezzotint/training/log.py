@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from mezzotint.data import Fault
 from mezzotint.errors import TrainingError
 from mezzotint.training.gauges import derive
 from mezzotint.training.ranks import ALONE, Ranks
@@ -29,6 +30,9 @@ _SHOWN = {
     "discriminator_gap": "gap {:.2f}",
     "ema_distance": "EMA {:.1%} apart",
 }
+
+
+_TOLD = 5  # of what another rank skips between two rows; of the rest, the number
 
 
 def _open_tracker(project: str, title: str, folder: Path, ranks: Ranks) -> Any:
@@ -93,6 +97,7 @@ class RunLog:
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._last: tuple[int, float] | None = None
         self._shown: dict[str, float] = {}
+        self._untold: list[str] = []
         self.peak_seconds: float | None = None
 
     @staticmethod
@@ -108,6 +113,30 @@ class RunLog:
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._text.flush()
         self.console.print(f"[{self.title}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def skipped(self, fault: Fault) -> None:
+        """Say what is skipped of the data; other ranks than the first say it by `flush`.
+
+        Any thread may call it.
+        """
+        sentence = f"skipped {fault.name}: {fault.reason}"
+        if self.ranks.is_first:
+            self.event(sentence)
+        else:
+            self._untold.append(sentence)
+
+    def _tell_others(self) -> None:
+        """Say what the other ranks skip; all must call it."""
+        if not self.ranks.several:
+            return
+        count = len(self._untold)  # a thread may add to it meanwhile
+        mine = self._untold[: min(count, _TOLD)]
+        del self._untold[:count]
+        for rank, (sentences, total) in enumerate(self.ranks.gather_values((mine, count))):
+            for sentence in sentences:
+                self.event(f"rank {rank} {sentence}")
+            if total > len(sentences):
+                self.event(f"rank {rank} skipped {total - len(sentences):,} more")
 
     def collect(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one step's values to the running averages."""
@@ -138,6 +167,7 @@ class RunLog:
         """
         if not self._sums:
             return {}
+        self._tell_others()
         lists = {name: _plain(total, count) for name, (total, count) in self._sums.items()}
         flat = iter(self.ranks.means([value for values in lists.values() for value in values]))
         averages = derive({name: [next(flat) for _ in values] for name, values in lists.items()})

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mezzotint.conditioning.build import (
 from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
 from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
-from mezzotint.data import Fault, ShardStream
+from mezzotint.data import ShardStream
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
 from mezzotint.errors import ConfigError, TrainingError, nearest
@@ -171,13 +170,13 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
             log.event(f"{ranks.world} processes; the weights are {shared} them")
         if isinstance(data, ShardStream):
             log.event(f"a stream of {len(data.shards):,} shards")
-            data.on_fault = partial(_tell_fault, log)
+            data.on_fault = log.skipped
         else:
             log.event(f"{len(data):,} images")
         if data.faults:
             log.event(f"{len(data.faults):,} broken images are skipped")
         for fault in data.faults:
-            _tell_fault(log, fault)
+            log.event(f"skipped {fault.name}: {fault.reason}")
         if isinstance(recipe, AutoencoderRecipe):
             task: Task = AutoencoderTask(recipe, data, execution, ranks)
         elif isinstance(recipe, FinetuneRecipe):
@@ -209,10 +208,6 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
     finally:
         if log is not None:
             log.close()
-
-
-def _tell_fault(log: RunLog, fault: Fault) -> None:
-    log.event(f"skipped {fault.name}: {fault.reason}")
 
 
 def _health(recipe: Recipe, task: Task, setting: _Setting, log: RunLog) -> Health:
