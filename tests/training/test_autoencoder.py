@@ -6,7 +6,9 @@ import torch
 from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.data import open_data
 from mezzotint.device import select_device, select_precision
+from mezzotint.errors import TrainingError
 from mezzotint.models.autoencoder import VQModel
+from mezzotint.models.discriminator import adaptive_weight
 from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.checkpoint import newest_checkpoint
 
@@ -147,3 +149,20 @@ def test_patches_are_squares_of_the_images_and_the_same_again(tiny):
         assert (places == patch[:, None, None]).all(dim=(0, 3, 4)).any()
     for each in (whole, task):
         each.batches.close()
+
+
+def test_other_images_cannot_continue_a_run(tiny, tmp_path):
+    run = tiny.train(tiny.autoencoder(), tmp_path / "run")
+    checkpoint, _ = newest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    task = task_for(tiny.autoencoder(data__resolution=64))
+    with pytest.raises(TrainingError, match="the images changed since this checkpoint"):
+        task.load_state(checkpoint)
+    task.batches.close()
+
+
+def test_the_adaptive_weight_does_not_depend_on_the_loss_scale():
+    layer = torch.randn(8, requires_grad=True)
+    loss, term = (layer * 3).square().mean(), layer.sum() / 7
+    plain, scaled = (adaptive_weight(loss, term, layer, scale=s) for s in (1.0, 65536.0))
+    torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=0)
