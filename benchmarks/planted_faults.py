@@ -165,10 +165,11 @@ def carry_out(case: Case, steps: int, stage: Path, folder: Path) -> dict[str, An
     if case.prepare is not None:
         case.prepare(stage, folder)
     run = folder / "run"
-    opened = (lambda config: WithNaN(open_data(config))) if case.nan else open_data
+    real = training.open_training_data
+    opened = (lambda config, *_: WithNaN(open_data(config))) if case.nan else real
     begun, stopped = time.perf_counter(), None
     try:
-        with patch.object(training, "open_data", opened):
+        with patch.object(training, "open_training_data", opened):
             training.train(
                 recipe_of(case, steps, stage, folder), output=run, console=Console(quiet=True)
             )

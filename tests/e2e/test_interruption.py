@@ -81,10 +81,14 @@ def test_kills_while_both_stages_are_trained(tiny, tmp_path):
         **quick,
     )
     run, moments, kills = tmp_path / "run", random.Random(1), 0
+    log = run / "log.txt"
     for _ in range(30):
+        said = len(log.read_bytes()) if log.is_file() else 0
         process = start(recipe, run, *(["--resume"] if (run / "recipe.yaml").is_file() else []))
+        while process.poll() is None and (not log.is_file() or len(log.read_bytes()) == said):
+            time.sleep(0.02)  # imports are slow, and nothing is to be lost by a kill yet
         try:
-            _, errors = process.communicate(timeout=3 + 3 * moments.random())
+            _, errors = process.communicate(timeout=1.5 * moments.random())
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

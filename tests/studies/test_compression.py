@@ -237,7 +237,7 @@ def study() -> CompressionStudy:
     return CompressionStudy(
         resolution=32,
         first_stage_minutes=0.02,
-        diffusion_minutes=0.02,
+        diffusion_minutes=0.06,
         points=2,
         samples=8,
         reference_samples=32,

@@ -250,12 +250,12 @@ def test_the_prior_is_drawn_once_and_weighs_as_it_is_told(tiny, text_run, tmp_pa
     losses = []
     for rows in ([0, 2], [1, 3]):
         part = replace(batch, **{
-            "latents": batch.latents[rows], "told": [batch.told[k] for k in rows],
+            "latents": [batch.latents[k] for k in rows], "told": [batch.told[k] for k in rows],
             "drop": batch.drop[rows], "drop_spatial": batch.drop_spatial[rows],
             "t": batch.t[rows], "seeds": [batch.seeds[k] for k in rows], "weights": None,
         })  # fmt: skip
-        losses.append(again._loss(part, slice(0, 2)).item())
-    whole = again._loss(batch, slice(0, 4)).item()
+        losses.append(again._loss(part, slice(0, 2))[0].item())
+    whole = again._loss(batch, slice(0, 4))[0].item()
     assert whole == pytest.approx(losses[0] + 0.5 * losses[1], rel=1e-5)
     for one in (task, again):
         one.batches.close()

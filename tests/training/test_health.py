@@ -69,7 +69,9 @@ def warnings(run: Path) -> dict[str, str]:
 
 def broken_source(monkeypatch, *broken: int) -> None:
     """Let the data of recipes have images that are no numbers."""
-    monkeypatch.setattr(run_module, "open_data", lambda c: WithNaN(open_data(c), set(broken)))
+    monkeypatch.setattr(
+        run_module, "open_training_data", lambda c, *_: WithNaN(open_data(c), set(broken))
+    )
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq", "class"])
@@ -209,7 +211,7 @@ def test_what_was_left_out_stays_so_when_a_run_is_resumed(tiny, tmp_path, monkey
 def test_the_second_broken_image_stops_the_run_by_name(tiny, tmp_path, monkeypatch):
     recipe = tiny.autoencoder(**SMALL, budget={"max_steps": 40})
     order = run_module.AutoencoderTask(
-        recipe, open_data(recipe.data), run_module._execution("float32", torch.device("cpu"))
+        recipe, open_data(recipe.data), run_module.execution_for("float32", torch.device("cpu"))
     ).order
     first, second = order.index(3), order.index(30)
     broken_source(monkeypatch, first, second)

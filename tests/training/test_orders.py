@@ -67,14 +67,14 @@ def test_the_configuration_chooses_the_order(folder):
     def opened(**settings):
         return FolderData(FolderDataConfig(path=str(folder), resolution=32, **settings))
 
-    assert isinstance(build_order(opened(), 4, 0), DataOrder)
+    assert isinstance(build_order(opened(), 4, 0).order, DataOrder)
     balanced = build_order(opened(balance="class"), 4, 0)
     data = opened(balance="class")
     labels = Counter(data.describe(balanced.index(k)).label for k in range(40))
     assert labels == {0: 20, 1: 20}
     data = opened(buckets={"multiple": 8})
     order = build_order(data, 4, 0)
-    assert isinstance(order, BucketOrder)
+    assert isinstance(order.order, BucketOrder)
     for step in range(6):
         shapes = {data.load(order.index(4 * step + k)).image.shape for k in range(4)}
         assert len(shapes) == 1
