@@ -88,7 +88,7 @@ def test_kills_while_both_stages_are_trained(tiny, tmp_path):
         while process.poll() is None and (not log.is_file() or len(log.read_bytes()) == said):
             time.sleep(0.02)  # imports are slow, and nothing is to be lost by a kill yet
         try:
-            _, errors = process.communicate(timeout=1.5 * moments.random())
+            _, errors = process.communicate(timeout=1 + 4 * moments.random())
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
