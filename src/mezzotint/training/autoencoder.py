@@ -1,7 +1,7 @@
 """Training the first stage: reconstruction, perceptual, regulariser and adversarial terms."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -256,12 +256,6 @@ class AutoencoderTask:
                 index = self.order.index(position)
                 faulty.append((index, self.data.load(index).name))
         return faulty
-
-    def exclude(self, samples: Set[int]) -> None:
-        """Leave out samples, by their indices, from now on."""
-        if samples != self.order.excluded:
-            self.batches.forget()
-            self.order.excluded = frozenset(samples)
 
     def gauges(self) -> dict[str, float]:
         """Return what is worth a look at intervals; all ranks must ask."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Mapping, Set
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -255,12 +255,6 @@ class DiffusionTask:
                 index = self.order.index(position)
                 faulty.append((index, self.data.load(index).name))
         return faulty
-
-    def exclude(self, samples: Set[int]) -> None:
-        """Leave out samples, by their indices, from now on."""
-        if samples != self.order.excluded:
-            self.batches.forget()
-            self.order.excluded = frozenset(samples)
 
     def gauges(self) -> dict[str, float]:
         """Return what is worth a look at intervals; all ranks must ask."""

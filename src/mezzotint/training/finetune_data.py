@@ -18,7 +18,23 @@ from mezzotint.training.batches import DataOrder
 __all__ = ["CaptionedData", "Pairs", "WithPrior"]
 
 
-class CaptionedData:
+class _Around:
+    """Has the classes and the faults of the data inside."""
+
+    data: ImageData
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The data's own."""
+        return self.data.class_names
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The data's own."""
+        return self.data.faults
+
+
+class CaptionedData(_Around):
     """A data set under other captions.
 
     Args:
@@ -39,16 +55,6 @@ class CaptionedData:
                 f"the images have no captions for {asked[0]!r}: give data.caption_column, or"
                 " caption_templates without {caption}"
             )
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The data's own."""
-        return self.data.class_names
-
-    @property
-    def faults(self) -> list[Fault]:
-        """The data's own."""
-        return self.data.faults
 
     @property
     def fingerprint(self) -> str:
@@ -77,7 +83,7 @@ class CaptionedData:
         return self.templates[chosen].format(caption=own or "", token=self.token)
 
 
-class WithPrior:
+class WithPrior(_Around):
     """A data set, and after it the pictures that the base model drew.
 
     Args:
@@ -96,16 +102,6 @@ class WithPrior:
         for path in self.paths:
             digest.update(self._pixels(path).numpy().tobytes())
         self._fingerprint = digest.hexdigest()
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The data's own."""
-        return self.data.class_names
-
-    @property
-    def faults(self) -> list[Fault]:
-        """The data's own."""
-        return self.data.faults
 
     @property
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mezzotint.errors import TrainingError
+from mezzotint.training.batches import Batches
 from mezzotint.training.callbacks import Callback
 from mezzotint.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from mezzotint.training.health import Health, Rollback, Sample, Trouble
 from mezzotint.training.log import RunLog
-from mezzotint.training.orders import TrainingData, can_leave_out
+from mezzotint.training.orders import LeavingOut, TrainingData, can_leave_out
 from mezzotint.training.ranks import ALONE, Ranks
 from mezzotint.training.recipe import BudgetConfig, RunConfig
 
@@ -30,10 +31,14 @@ class Task(Protocol):
 
     Attributes:
         data: The samples.
+        order: In which they are seen.
+        batches: Made of them.
         rate: What the learning rate is multiplied by.
     """
 
     data: TrainingData
+    order: LeavingOut
+    batches: Batches[Any]
     rate: float
 
     @property
@@ -59,10 +64,6 @@ class Task(Protocol):
 
     def faulty_samples(self, step: int) -> list[Sample]:
         """Return this rank's samples of a step whose loss is no number with the weights now."""
-        ...
-
-    def exclude(self, samples: Set[int]) -> None:
-        """Leave out samples, by their indices, from now on."""
         ...
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -332,7 +333,10 @@ class _Loop:
     def _apply(self) -> None:
         """Train as the ways back say that were taken."""
         self.task.rate = self.health.rate
-        self.task.exclude(self.health.excluded)
+        excluded = frozenset(self.health.excluded)
+        if excluded != self.task.order.excluded:
+            self.task.batches.forget()
+            self.task.order.excluded = excluded
 
 
 def _in_memory(
