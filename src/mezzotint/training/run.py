@@ -11,18 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 
 from mezzotint.checkpoints.model import load_first_stage
-from mezzotint.conditioning.base import Conditioner
-from mezzotint.conditioning.build import (
-    build_conditioner,
-    main_config,
-    spatial_config,
-    with_class_names,
-)
-from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
-from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.config import apply_overrides, read_yaml, to_yaml
 from mezzotint.data import ShardStream
 from mezzotint.data.latents import LatentCache
@@ -44,6 +34,7 @@ from mezzotint.training.health import Health
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
+from mezzotint.training.parts import check_buckets, check_factor, check_map, conditioner_of
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.symptoms import Facts, before_training
@@ -55,7 +46,6 @@ _KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe] | type[Finetun
     "diffusion": DiffusionRecipe,
     "finetune": FinetuneRecipe,
 }
-_STREAM_CAPTIONS = 100_000  # from which a vocabulary is learned
 # what may differ between a run and its continuation without making it another run
 _CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
 
@@ -300,11 +290,11 @@ def _diffusion_task(
     check_data(data, recipe.conditioning)
     first_stage, normalization = _first_stage(recipe, folder, setting, log)
     first_stage = first_stage.to(execution.device)
-    _check_factor(recipe, first_stage.factor)
-    _check_buckets(recipe, first_stage.factor)
-    _check_map(recipe, first_stage.factor)
+    check_factor(recipe, first_stage.factor)
+    check_buckets(recipe, first_stage.factor)
+    check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
-    conditioner = _conditioner(recipe, data, folder, ranks)
+    conditioner = conditioner_of(recipe, data, folder, ranks)
     cache = _cached_latents(recipe, folder, setting, log, data, first_stage, normalization)
     torch.manual_seed(mix(recipe.seed, 0x1217))
     model = LatentDiffusion(
@@ -338,33 +328,6 @@ def _cached_latents(
     return cache
 
 
-def _check_factor(recipe: DiffusionRecipe, factor: int) -> None:
-    if recipe.data.resolution % factor:
-        raise ConfigError(
-            f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
-            f" f = {factor}"
-        )
-
-
-def _check_buckets(recipe: DiffusionRecipe, factor: int) -> None:
-    buckets = getattr(recipe.data, "buckets", None)
-    needed = factor * 2 ** (len(recipe.unet.block_out_channels) - 1)
-    if buckets is not None and buckets.multiple % needed:
-        raise ConfigError(
-            f"data.buckets.multiple {buckets.multiple} is not divisible by {needed}: the first"
-            f" stage's f = {factor} times what the UNet halves"
-        )
-
-
-def _check_map(recipe: DiffusionRecipe, factor: int) -> None:
-    spatial = spatial_config(recipe.conditioning)
-    if isinstance(spatial, SemanticMapConditionerConfig) and 2**spatial.stages != factor:
-        raise ConfigError(
-            f"the semantic map's stages are {spatial.stages}, which make it"
-            f" {2**spatial.stages} times smaller, but the first stage's f is {factor}"
-        )
-
-
 def _first_stage(
     recipe: DiffusionRecipe, folder: Path, setting: _Setting, log: RunLog
 ) -> tuple[FirstStage, LatentNormalization]:
@@ -378,7 +341,7 @@ def _first_stage(
     first = load_recipe(config.recipe)
     if not isinstance(first, AutoencoderRecipe):
         raise ConfigError(f"first_stage.recipe: {config.recipe} does not train an autoencoder")
-    _check_factor(recipe, first.model.factor)
+    check_factor(recipe, first.model.factor)
     log.event(f"training the first stage by its own recipe, {config.recipe}")
     resume = setting.resume and (stage / "recipe.yaml").is_file()
     execution = execution_for(first.precision, setting.execution.device)
@@ -413,33 +376,3 @@ def stored_first_stage(
         )
     stage = folder / "first_stage" / "model" / "vae"
     return load_first_stage(stage) if (stage / "config.json").is_file() else None
-
-
-def _conditioner(
-    recipe: DiffusionRecipe, data: TrainingData, folder: Path, ranks: Ranks
-) -> Conditioner:
-    torch.manual_seed(mix(recipe.seed, 0xC0D))
-    config = with_class_names(recipe.conditioning, data.class_names)
-    main, tokenizer = main_config(config), None
-    if isinstance(main, TextConditionerConfig):
-        if ranks.is_first:
-            _train_tokenizer(data, main.vocab_size, folder / "tokenizer.json")
-        ranks.wait()
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return build_conditioner(config, tokenizer)
-
-
-def _train_tokenizer(data: TrainingData, vocab_size: int, path: Path) -> None:
-    """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
-    if path.is_file():
-        return
-    stream = isinstance(data, ShardStream)
-    captions = set(data.captions(_STREAM_CAPTIONS)) if stream else set[str]()
-    for k in range(0 if stream else len(data)):
-        captions.add(data.describe(k).caption or "")
-        for variant in range(8):
-            generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
-            captions.add(data.describe(k, generator).caption or "")
-    temporary = path.with_suffix(".tmp")
-    train_tokenizer(captions, vocab_size).save(str(temporary))
-    temporary.replace(path)

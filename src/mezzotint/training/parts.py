@@ -1,0 +1,94 @@
+"""Whether the parts of a diffusion recipe fit one another; its conditioner and vocabulary."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from mezzotint.conditioning.base import Conditioner
+from mezzotint.conditioning.build import (
+    build_conditioner,
+    main_config,
+    spatial_config,
+    with_class_names,
+)
+from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
+from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
+from mezzotint.data import ShardStream
+from mezzotint.errors import ConfigError
+from mezzotint.rng import mix
+from mezzotint.training.orders import TrainingData
+from mezzotint.training.ranks import Ranks
+from mezzotint.training.recipe import DiffusionRecipe
+
+__all__ = ["check_buckets", "check_factor", "check_map", "conditioner_of"]
+
+_STREAM_CAPTIONS = 100_000  # from which a vocabulary is learned
+
+
+def check_factor(recipe: DiffusionRecipe, factor: int) -> None:
+    """Raise a ConfigError if images cannot be made f times smaller."""
+    if recipe.data.resolution % factor:
+        raise ConfigError(
+            f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
+            f" f = {factor}"
+        )
+
+
+def check_buckets(recipe: DiffusionRecipe, factor: int) -> None:
+    """Raise a ConfigError if the sides of a bucket cannot be halved as often as they are."""
+    buckets = getattr(recipe.data, "buckets", None)
+    needed = factor * 2 ** (len(recipe.unet.block_out_channels) - 1)
+    if buckets is not None and buckets.multiple % needed:
+        raise ConfigError(
+            f"data.buckets.multiple {buckets.multiple} is not divisible by {needed}: the first"
+            f" stage's f = {factor} times what the UNet halves"
+        )
+
+
+def check_map(recipe: DiffusionRecipe, factor: int) -> None:
+    """Raise a ConfigError if a semantic map would be of another size than the latents."""
+    spatial = spatial_config(recipe.conditioning)
+    if isinstance(spatial, SemanticMapConditionerConfig) and 2**spatial.stages != factor:
+        raise ConfigError(
+            f"the semantic map's stages are {spatial.stages}, which make it"
+            f" {2**spatial.stages} times smaller, but the first stage's f is {factor}"
+        )
+
+
+def conditioner_of(
+    recipe: DiffusionRecipe, data: TrainingData, folder: Path, ranks: Ranks
+) -> Conditioner:
+    """Build the conditioner of a recipe, with the classes or the vocabulary of its data.
+
+    Args:
+        recipe: Says which.
+        data: What it is told of.
+        folder: The run folder, in which a vocabulary is kept.
+        ranks: This process among the others; the first learns a vocabulary.
+    """
+    torch.manual_seed(mix(recipe.seed, 0xC0D))
+    config = with_class_names(recipe.conditioning, data.class_names)
+    main, tokenizer = main_config(config), None
+    if isinstance(main, TextConditionerConfig):
+        if ranks.is_first:
+            _train_tokenizer(data, main.vocab_size, folder / "tokenizer.json")
+        ranks.wait()
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return build_conditioner(config, tokenizer)
+
+
+def _train_tokenizer(data: TrainingData, vocab_size: int, path: Path) -> None:
+    """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
+    if path.is_file():
+        return
+    stream = isinstance(data, ShardStream)
+    captions = set(data.captions(_STREAM_CAPTIONS)) if stream else set[str]()
+    for k in range(0 if stream else len(data)):
+        captions.add(data.describe(k).caption or "")
+        for variant in range(8):
+            generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
+            captions.add(data.describe(k, generator).caption or "")
+    temporary = path.with_suffix(".tmp")
+    train_tokenizer(captions, vocab_size).save(str(temporary))
+    temporary.replace(path)
