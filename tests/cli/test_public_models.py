@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from mezzotint.checkpoints.averages import average_of
 from mezzotint.checkpoints.single_file import save_single_file
 from mezzotint.cli.main import app
+from mezzotint.data.degradation import bicubic_down
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.generation.metadata import read_infotext, read_request
 from mezzotint.storage.tensors import open_tensors
@@ -221,6 +222,22 @@ def test_pictures_go_in(models: Path) -> None:
     image.rename("moved.png")
     assert isinstance(mezzotint("replay", "i.png").exception, RequestError)
     again = mezzotint("replay", "i.png", "--input", "moved.png", "-o", "j.png")
+    assert again.stdout.splitlines()[1] == "the same, bit for bit"
+
+
+def test_back_projection_brings_a_picture_into_agreement(models: Path) -> None:
+    """Shrunk again, it is the small picture, and a replay draws the same."""
+    small = picture("small.png", (16, 16))
+    asked = ["sample", models / "ldm-super-resolution.safetensors", "--low-res", small, *SMALL]
+    off: list[float] = []
+    for times in (0, 8):
+        done = mezzotint(*asked, "--back-projection", times, "-o", f"{times}.png")
+        assert done.exit_code == 0, done.output
+        drawn = torch.from_numpy(pixels(f"{times}.png")).permute(2, 0, 1)[None].float()
+        shrunk = bicubic_down(drawn, 4)[0].permute(1, 2, 0).clamp(0, 255)
+        off.append(float((shrunk - torch.from_numpy(pixels(small)).float()).abs().mean()))
+    assert off[0] > 20 and off[1] < 2
+    again = mezzotint("replay", "8.png", "-o", "again.png")
     assert again.stdout.splitlines()[1] == "the same, bit for bit"
 
 

@@ -163,3 +163,15 @@ def test_all_mistakes_of_a_layout_are_told_at_once():
 def test_shapes_that_cannot_be_are_refused(fields: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
         LayoutConditionerConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("vocab_size", [17, 256, 8192])
+def test_neighbouring_corners_begin_alike(vocab_size: int) -> None:
+    """The nearer two corners are, the more alike; and no two are the same."""
+    weight = conditioner(vocab_size=vocab_size).model.embed_tokens.weight.detach()
+    assert weight.std() == pytest.approx(0.02, rel=0.1)
+    side = int(vocab_size**0.5)
+    corners = weight[: side * side]
+    alike = torch.nn.functional.cosine_similarity(corners[:1], corners, dim=1)
+    assert alike[1] > alike[side - 1] and alike[side] > alike[side * (side - 1)]
+    assert torch.cdist(corners, corners).fill_diagonal_(1.0).min() > 1e-4

@@ -110,6 +110,14 @@ def sample(
         Path | None,
         typer.Option(help="What super-resolution enlarges.", rich_help_panel=_PICTURE),
     ] = None,
+    back_projection: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Correct what super-resolution drew N times, until it agrees.",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(help="White where to draw, black where to keep.", rich_help_panel=_PICTURE),
@@ -244,6 +252,7 @@ def sample(
         "tiling": tiling or None,
         "tiled_sampling": tiled_sampling or None,
         "tiled_decoding": tiled_decoding or None,
+        "back_projection": back_projection,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     asked = of_picture(from_, given) | given

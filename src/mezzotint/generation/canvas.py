@@ -22,7 +22,7 @@ from mezzotint.generation.inputs import (
 from mezzotint.generation.request import GenerationRequest, InputImage
 from mezzotint.latent_diffusion import LatentDiffusion
 
-__all__ = ["Canvas", "lay_out"]
+__all__ = ["Canvas", "back_project", "lay_out"]
 
 _MOST_SIDES = 4  # times the trained size that a picture is taken as it is
 
@@ -220,3 +220,29 @@ def _lay_out_maps(
 def _needed(image: InputImage | None) -> InputImage:
     assert image is not None, "the request says that its task needs one"
     return image
+
+
+def back_project(pixels: Tensor, small: Tensor, times: int) -> Tensor:
+    """Bring enlarged pictures into agreement with the small ones (Irani and Peleg 1991).
+
+    What a picture lacks of the small one when it is shrunk is enlarged and added to it.
+
+    Args:
+        pixels: ``(B, 3, H, W)``, about -1..1.
+        small: ``(B, 3, h, w)`` in -1..1; h divides H and w divides W.
+        times: How often.
+
+    Returns:
+        ``(B, 3, H, W)`` in -1..1, float32.
+
+    Example:
+        >>> small, grey = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 16, 16)
+        >>> torch.allclose(back_project(grey, small, 1), torch.tensor(0.5))
+        True
+    """
+    pixels, size = pixels.float().clamp(-1, 1), pixels.shape[-2:]
+    for _ in range(times):
+        shrunk = F.interpolate(pixels, small.shape[-2:], mode="bicubic", antialias=True)
+        pixels = pixels + F.interpolate(small - shrunk, size, mode="bicubic")
+        pixels = pixels.clamp(-1, 1)
+    return pixels

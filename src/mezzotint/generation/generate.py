@@ -16,7 +16,7 @@ from mezzotint.device import precision_name, threads
 from mezzotint.diffusion.samplers import get_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.adapters import adapters_of
-from mezzotint.generation.canvas import lay_out
+from mezzotint.generation.canvas import back_project, lay_out
 from mezzotint.generation.guides import ImageEnergy, energy_of, refuse_unknown
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import GenerationRequest, ReadAs, Resolved
@@ -179,6 +179,9 @@ def _draw(
                 callback=lambda i, n, *_: report(1, i, n),
             )
         pixels = decode_latents(pipeline, latents, tiled=first.tiled_decoding)
+    if first.back_projection:
+        assert canvas.low_res is not None, "the request says that it is for super-resolution"
+        pixels = back_project(pixels.cpu(), canvas.low_res, first.back_projection)
     finished: Tensor = to_bytes(pixels)
     if first.high_res is None:
         finished = canvas.finish(finished)

@@ -68,6 +68,7 @@ class MoreFields(TypedDict, total=False):
     tiling: bool
     tiled_sampling: bool
     tiled_decoding: bool
+    back_projection: int
 
 
 class Pipeline:

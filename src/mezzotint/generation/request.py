@@ -254,6 +254,8 @@ class GenerationRequest(Document):
             32 to 64 latents, that are blended at every step: for pictures far beyond that size.
         tiled_decoding: Decode in overlapping tiles: less memory for large pictures, at the price of
             slight differences.
+        back_projection: Of super-resolution: how often what the shrunk picture lacks of the small
+            one is added to it (Irani and Peleg 1991), until the two agree.
         width: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
         height: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
         model: The name or path that the model was loaded by.
@@ -293,6 +295,7 @@ class GenerationRequest(Document):
     tiling: bool = False
     tiled_sampling: bool = False
     tiled_decoding: bool = False
+    back_projection: Annotated[int, Field(ge=0, le=100)] = 0
     width: Annotated[int, Field(ge=1, le=16384)] | None = None
     height: Annotated[int, Field(ge=1, le=16384)] | None = None
     model: str | None = None
@@ -364,6 +367,8 @@ class GenerationRequest(Document):
         fixed = ("inpainting", "outpainting", "super-resolution", "map-to-image")
         if self.high_res is not None and self.task in fixed:
             raise ValueError(f"high_res: not for the task {self.task!r}, whose size is the image's")
+        if self.back_projection and self.task != "super-resolution":
+            raise ValueError(f"back_projection: not for the task {self.task!r}")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if low >= high:

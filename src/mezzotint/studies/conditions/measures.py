@@ -145,23 +145,29 @@ MEASURES: Mapping[str, tuple[Measure, ...]] = {
 }
 
 
-def further_numbers(condition: str, images: Tensor, asked: Asked) -> dict[str, float]:
+def further_numbers(
+    condition: str, images: Tensor, plain: Tensor, asked: Asked
+) -> dict[str, float]:
     """Return what else is asked of a condition, by what it is.
 
     Args:
         condition: A key of `MEASURES`.
         images: ``(N, 3, H, W)`` in -1..1, drawn.
+        plain: The same before they were brought into agreement with the condition.
         asked: What was asked for.
     """
     height, width = images.shape[-2:]
     if condition == "super-resolution":
         small = torch.stack([t.low_res for t in asked.told if t.low_res is not None])
         small = small.float() / 127.5 - 1.0
-        down = bicubic_down(images, height // small.shape[-2]).clamp(-1, 1)
+        factor = height // small.shape[-2]
+        down, before = (bicubic_down(x, factor).clamp(-1, 1) for x in (images, plain))
         enlarged = F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
         return {
             "perceptual distance of bicubic enlargement": _distance(enlarged, asked),
             "PSNR of the shrunk picture to the small one (dB)": float(psnr(down, small).mean()),
+            "the same without back-projection (dB)": float(psnr(before, small).mean()),
+            "perceptual distance without back-projection": _distance(plain, asked),
             "PSNR (dB)": float(psnr(images, asked.images).mean()),
             "PSNR of bicubic enlargement (dB)": float(psnr(enlarged, asked.images).mean()),
         }

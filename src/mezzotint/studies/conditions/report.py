@@ -75,10 +75,14 @@ def _further(results: list[ConditionResult]) -> list[str]:
 
 def _machines(results: list[ConditionResult]) -> list[str]:
     told = dict.fromkeys(
-        f"{r.machine.processor}, {r.machine.threads} threads, {r.machine.precision}"
+        f"{r.machine.processor}, {_counted(r.machine.threads, 'thread')}, {r.machine.precision}"
         for r in results
     )
     return [f"Trained and measured on: {'; '.join(told)}.", ""]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _guided(result: GuidedResult) -> list[str]:

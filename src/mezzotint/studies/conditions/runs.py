@@ -45,6 +45,7 @@ from mezzotint.training.run import load_recipe
 __all__ = ["CONDITIONS", "GUIDED", "run_conditions_study"]
 
 SEED, STEPS, BATCH = 1000, 25, 32
+BACK_PROJECTION = 8  # of super-resolution
 _SHOWN = 10  # columns of the sheet
 _WITHOUT = {"main": "without text", "spatial": "without picture"}
 _MARGIN = 0.03  # of the side, by which a mask goes beyond what it hides
@@ -143,7 +144,9 @@ class _Runner:
         assert isinstance(recipe, DiffusionRecipe)
         pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
         asked = _ask(pipeline, recipe, name, self.pictures)
-        drawn = _draw(pipeline, asked, recipe.guidance_scale)
+        corrections = BACK_PROJECTION if name == "super-resolution" else 0
+        plain = _draw(pipeline, asked, recipe.guidance_scale)
+        drawn = _draw(pipeline, asked, recipe.guidance_scale, corrections) if corrections else plain
         nulls: dict[str, Tensor] = {}
         for part in dict.fromkeys(measure.null for measure in MEASURES[name]):
             with nulled(pipeline.model.conditioner, part):
@@ -161,7 +164,7 @@ class _Runner:
             minutes=float(last.values["seconds"]) / 60,
             pictures=len(drawn),
             gaps=tuple(gaps),
-            further=further_numbers(name, drawn, asked),
+            further=further_numbers(name, drawn, plain, asked),
             machine=this_machine(self.execution),
         )
         self.output.mkdir(parents=True, exist_ok=True)
@@ -260,7 +263,9 @@ def _hide(told: Told, example: Example) -> Told:
     return replace(told, mask=mask)
 
 
-def _draw(pipeline: Pipeline, asked: Asked, guidance_scale: float) -> Tensor:
+def _draw(
+    pipeline: Pipeline, asked: Asked, guidance_scale: float, back_projection: int = 0
+) -> Tensor:
     """Draw what is asked, ``(N, 3, H, W)`` in -1..1."""
     pictures = InputPictures()
     requests = [
@@ -270,6 +275,7 @@ def _draw(pipeline: Pipeline, asked: Asked, guidance_scale: float) -> Tensor:
             steps=STEPS,
             spacing="trailing",
             guidance_scale=guidance_scale,
+            back_projection=back_projection,
         )
         for k, told in enumerate(asked.told)
     ]
