@@ -151,9 +151,7 @@ class LeavingOut:
         excluded: Images that are left out.
     """
 
-    def __init__(
-        self, order: Order, others: Callable[[int], Iterable[int]] | None = None
-    ) -> None:
+    def __init__(self, order: Order, others: Callable[[int], Iterable[int]] | None = None) -> None:
         self.order, self.others = order, others or _following
         self.excluded: frozenset[int] = frozenset()
 
