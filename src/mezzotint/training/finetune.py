@@ -97,18 +97,8 @@ def finetune_task(
     first_stage = model.first_stage.to(execution.device)
     cache = encode(data, first_stage, model.normalization)
     choose = partial(_choose, recipe=recipe, defaults=loaded.defaults)
-    return DiffusionTask(
-        recipe,
-        model,
-        data,
-        cache,
-        execution,
-        ranks,
-        choose=choose,
-        base=base,
-        order=order,
-        pairs=pairs,
-    )
+    task = partial(DiffusionTask, choose=choose, base=base, order=order, pairs=pairs)
+    return task(recipe, model, data, cache, execution, ranks)
 
 
 def _load(recipe: FinetuneRecipe) -> LoadedModel:
