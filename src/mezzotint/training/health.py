@@ -162,6 +162,11 @@ class Health:
             self.warn(symptom, 0)
 
     @property
+    def judges(self) -> bool:
+        """Whether anything but a loss that is no number is seen to be bad."""
+        return self.facts is not None
+
+    @property
     def well_until(self) -> int:
         """The last step that nothing seen later can show to have been bad.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -200,7 +201,9 @@ class _Loop:
         self.health, self.callbacks, self.ranks = health, callbacks, ranks
         self.step, self.first, self.clock = 0, 0, _Clock(0.0)
         self.flushed = 0
-        self.begun: Checkpoint | None = None  # the state at the start, until a checkpoint is saved
+        # the state at the start, until a checkpoint is known to be as good; the first step of one
+        self.begun: Checkpoint | None = None
+        self.saved_first = math.inf
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begin anew, or at a checkpoint."""
@@ -304,7 +307,9 @@ class _Loop:
         keep, place = self.config.keep_checkpoints, self.folder / "checkpoints"
         well_until = self.health.well_until
         save_checkpoint(place, self.step, tensors, values, keep, self.ranks, well_until)
-        self.begun = None
+        self.saved_first = min(self.step, self.saved_first)
+        if not self.health.judges or self.saved_first <= well_until:
+            self.begun = None
         for callback in self.callbacks:
             callback.on_checkpoint(self.step)
         return True
@@ -313,7 +318,7 @@ class _Loop:
         """Go back to the last good state and on from there otherwise, or end with a report."""
         health, task = self.health, self.task
         good, damaged = self.begun, list[str]()
-        if good is None:
+        if good is None or self.saved_first <= trouble.since:
             place = self.folder / "checkpoints"
             good, damaged = newest_checkpoint(place, self.ranks, trouble.since)
         for sentence in damaged:
