@@ -58,3 +58,5 @@ def test_what_keeps_no_latents_is_told(tiny, recipe, tmp_path):
     other = tiny.write(tmp_path / "other.yaml", "autoencoder")
     with pytest.raises(ConfigError, match="trains an autoencoder"):
         precompute_latents(other)
+    with pytest.raises(ConfigError, match="such a run encodes its pictures itself"):
+        precompute_latents("finetune-lora")

@@ -56,6 +56,28 @@ def test_going_back_behind_a_damaged_one_keeps_what_is_new(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-60"]
 
 
+def test_one_from_before_what_may_be_bad_stays_beside_the_newest(tmp_path):
+    """And the next that may become one; however often one is saved, it does not stay behind."""
+    kept: list[list[str]] = []
+    for step, well_until in ((10, 0), (20, 10), (30, 10), (40, 10), (50, 35), (60, 45)):
+        tensors = {"w": {"a": torch.zeros(1)}}
+        save_checkpoint(tmp_path, step, tensors, {}, keep=1, well_until=well_until)
+        kept.append([p.name.removeprefix("step-") for p in list_checkpoints(tmp_path)])
+    assert kept[:3] == [["10"], ["10", "20"], ["10", "20", "30"]]
+    assert kept[3:] == [["10", "20", "40"], ["20", "40", "50"], ["40", "50", "60"]]
+
+
+def test_what_is_damaged_is_passed_by_also_on_the_way_back(tmp_path):
+    for step in (10, 20, 30, 40):
+        save_checkpoint(tmp_path, step, {"w": {"a": torch.zeros(1)}}, {}, keep=9)
+    (tmp_path / "step-20" / "w.safetensors").write_bytes(b"")
+    found, damaged = newest_checkpoint(tmp_path, until=29)
+    assert found is not None and found.step == 10 and "step-20" in damaged[0]
+    (tmp_path / "step-10" / "w.safetensors").write_bytes(b"")
+    found, damaged = newest_checkpoint(tmp_path, until=29)
+    assert found is not None and found.step == 30 and len(damaged) == 2
+
+
 def test_the_same_step_is_saved_anew(tmp_path):
     save(tmp_path, 5)
     save_checkpoint(tmp_path, 5, {"w": {"a": torch.zeros(1)}}, {"s": 6})

@@ -8,16 +8,22 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 import mezzotint.training.run as run_module
 from mezzotint.checkpoints.model import load_first_stage, save_first_stage
 from mezzotint.data import open_data
 from mezzotint.data.base import Example
+from mezzotint.device import select_precision
 from mezzotint.errors import TrainingError
 from mezzotint.latent_diffusion import LatentNormalization
 from mezzotint.training.checkpoint import newest_checkpoint
 from mezzotint.training.gauges import derive, latent_gauges, noise_gauges, usage_gauges
+from mezzotint.training.health import Health, Rollback
+from mezzotint.training.log import RunLog
+from mezzotint.training.oversight import HealthConfig
+from mezzotint.training.symptoms import Facts, Window, symptoms_of
 
 VQ = {
     "kind": "vq",
@@ -38,6 +44,7 @@ UNCONDITIONAL = {"conditioning": {"kind": "none"}, "unet__cross_attention_dim": 
 LOGGED = {"log_steps": 10, "checkpoint_minutes": 1000.0, "sample_minutes": 1000.0}
 FAST = {"batch_size": 8, "optimizer": {"learning_rate": 1e-3}, "run": LOGGED}
 SMALL = {**FAST, "data__resolution": 16}
+FACTS = Facts(epoch_steps=6, max_steps=100, learning_rate=1e-3, diffusion=True)
 
 
 class WithNaN:
@@ -108,7 +115,9 @@ def test_a_learning_rate_a_hundred_times_too_high_is_named_and_lowered(tiny, tmp
     assert "optimizer.learning_rate" in said["learning rate"]
     assert "Gone back to step 0, with 0.1 times the learning rate" in said["rollback"]
     rates = sorted({row["learning_rate"] for row in rows(run) if "learning_rate" in row})
-    assert rates == pytest.approx([0.01, 0.1])
+    assert rates == pytest.approx([0.01])  # what went before is done anew, and so are its rows
+    steps = [row["step"] for row in rows(run) if "loss" in row]
+    assert steps == [10, 20, 30]
     checkpoint, _ = newest_checkpoint(run / "checkpoints")
     assert checkpoint is not None and checkpoint.step == 30
     assert [r["to"] for r in checkpoint.values["rollbacks"]] == [0]
@@ -123,6 +132,87 @@ def test_what_diverges_twice_stops_with_a_report(tiny, tmp_path):
     assert "lower optimizer.learning_rate" in report.lower()
     assert "Gone back to step 0" in report
     assert "| step | loss | unexplained |" in report
+
+
+def test_the_newest_checkpoint_from_before_the_trouble_is_kept(tiny, tmp_path):
+    """One is saved at every step, and in ten steps many that are bad."""
+    often = {**LOGGED, "checkpoint_minutes": 1e-7, "keep_checkpoints": 1}
+    changes = {**SMALL, "optimizer": {"learning_rate": 0.1}, "run": often}
+    run = tiny.train(tiny.autoencoder(**changes, budget={"max_steps": 12}), tmp_path / "run")
+    assert "Gone back to step 0, with 0.1 times" in warnings(run)["rollback"]
+    assert "may be bad" not in warnings(run)["rollback"]
+
+
+def test_it_is_said_if_none_is_left_from_before_the_trouble(tiny, tmp_path):
+    """The steps before the stop are seen with those after it."""
+    changes = {**SMALL, "optimizer": {"learning_rate": 0.1}, "budget": {"max_steps": 12}}
+    run = tiny.train(tiny.autoencoder(**changes), tmp_path / "run", stop_after=5)
+    tiny.train(tiny.autoencoder(**changes), run, resume=True)
+    told = warnings(run)["rollback"]
+    assert "steps 1 to 10: " in told and "Gone back to step 5" in told
+    assert "may be bad too: all was well up to step 0, and no whole checkpoint is left" in told
+
+
+def test_a_warning_is_given_once_however_often_a_run_is_resumed(tiny, tmp_path):
+    optimizer = {"learning_rate": 1e-4, "warmup_steps": 50}
+    changes = {**SMALL, "optimizer": optimizer, "budget": {"max_steps": 6}}
+    run = tiny.train(tiny.autoencoder(**changes), tmp_path / "run", stop_after=2)
+    tiny.train(tiny.autoencoder(**changes), run, resume=True)
+    assert [row["warning"] for row in rows(run) if "warning" in row] == ["warm-up"]
+
+
+@pytest.fixture
+def watching(tmp_path):
+    """Makes watchers of a run without a training."""
+    log = RunLog(tmp_path, "run", Console(quiet=True))
+    execution = select_precision("float32", torch.device("cpu"))
+
+    def made(facts: Facts = FACTS) -> Health:
+        return Health(HealthConfig(), log, execution, images_per_step=8, facts=facts)
+
+    yield made
+    log.close()
+
+
+def test_what_was_seen_is_kept_with_a_checkpoint(watching):
+    """A run that is stopped after every row finds the same trouble as one that is not."""
+    shares = [0.9, 0.5, 0.4, 0.03, 0.05, 0.04, 0.3, 0.35]
+    whole, part = watching(), watching()
+    for k, share in enumerate(shares):
+        row = {"unexplained": share, "loss": share, "learning_rate": 1e-3}
+        found = whole.observe(10 * k, 10 * k + 10, row)
+        # half a window, a stop, and the other half
+        assert part.observe(10 * k, 10 * k + 5, row) is None
+        resumed = watching()
+        resumed.load_state(json.loads(json.dumps(part.state())), 10 * k + 5)
+        assert resumed.observe(10 * k + 5, 10 * k + 10, row) == found
+        assert (found is not None) == (k == len(shares) - 1)
+        assert resumed.well_until == whole.well_until == 10 * max(k, 1)
+        part = resumed
+        assert len(part.state()["seen"]["windows"]) <= 5
+    assert found is not None and found.since == 60 and "rose from 0.03 at step 40" in found.text
+    assert part.told == {"learning rate"}
+    older = watching()
+    older.load_state({"rollbacks": [Rollback(9, 3, "why", ((1, "a"),), 1.0).plain()]}, 12)
+    assert older.excluded == {1} and older.well_until == 12 and older.told == set()
+
+
+def test_the_report_names_the_discriminator_where_it_is_to_blame(watching, tmp_path):
+    health = watching(replace(FACTS, diffusion=False, adversary=0))
+    trouble = health.observe(0, 10, {"unexplained": 9.0, "adversarial": 0.1})
+    assert trouble is not None
+    said = health.report(tmp_path / "report.md", trouble, [])
+    assert "Raise loss.adversarial.start_step" in said
+    assert "optimizer.learning_rate" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_fine_tuning_run_is_read_as_what_it_is(tiny, text_run):
+    facts = Facts.of(tiny.finetune(text_run), 48)
+    assert facts.diffusion and facts.latents
+    # what is above this has diverged for a diffusion model, and not for a first stage
+    assert [s.name for s in symptoms_of([Window(0, 10, {"unexplained": 2.0})], facts)]
+    assert not Facts.of(tiny.finetune(text_run), 48, pixels=True).latents
+    assert not Facts.of(tiny.autoencoder(), 48).diffusion
 
 
 def test_without_a_way_back_divergence_stops_at_once(tiny, tmp_path):

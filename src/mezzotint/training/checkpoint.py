@@ -69,8 +69,9 @@ def save_checkpoint(
     values: Mapping[str, Any],
     keep: int = 2,
     ranks: Ranks = ALONE,
+    well_until: int | None = None,
 ) -> Path:
-    """Write a checkpoint atomically and drop all but the newest ``keep``.
+    """Write a checkpoint atomically and drop all but the newest ``keep``, and one that is good.
 
     Args:
         folder: The run's ``checkpoints`` folder.
@@ -79,6 +80,8 @@ def save_checkpoint(
         values: Plain values that JSON can hold.
         keep: How many checkpoints stay.
         ranks: All of them call this; the first writes what all have.
+        well_until: The newest checkpoint up to this step stays too, for what comes after it may
+            yet prove to have been bad; and the oldest after it, which will be the next to stay.
 
     Returns:
         The folder of the new checkpoint.
@@ -104,7 +107,7 @@ def save_checkpoint(
             state["values"] = dict(values)
             _write_synced(temporary / _STATE, json.dumps(state, indent=1).encode())
             _put_in_place(temporary, final)
-            _drop_old(folder, final, keep)
+            _drop_old(folder, final, keep, well_until)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(folder)
@@ -167,13 +170,23 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     _sync_folder(final.parent)
 
 
-def _drop_old(folder: Path, final: Path, keep: int) -> None:
+def _drop_old(folder: Path, final: Path, keep: int, well_until: int | None) -> None:
     saved = list_checkpoints(folder)
     # what stands after this step was damaged, and the run has gone back behind it
     place = saved.index(final) + 1
-    for old in (*saved[: max(0, place - keep)], *saved[place:]):
-        shutil.rmtree(old, ignore_errors=True)
+    kept = saved[max(0, place - keep) : place]
+    if well_until is not None:
+        early = [path for path in saved[:place] if _step_of(path) <= well_until]
+        # and one that will be early some day: or, saved often, all would be gone before they are
+        kept += early[-1:] + saved[len(early) : place][:1]
+    for old in saved:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     remove_unfinished(folder)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -264,7 +277,7 @@ def newest_checkpoint(
     Args:
         folder: The run's ``checkpoints`` folder.
         ranks: All of them call this and read the same one; the first verifies.
-        until: The last step that will do, where there is one so early; else the oldest will.
+        until: The newest up to this step is wanted; if there is none, the oldest after it.
 
     Returns:
         The checkpoint, or None if the run has none yet, and a sentence per damaged one passed by.
@@ -275,9 +288,8 @@ def newest_checkpoint(
     damaged: list[str] = []
     found: Checkpoint | None = None
     saved = list_checkpoints(folder)
-    if until is not None:
-        saved = [p for p in saved if int(p.name.removeprefix("step-")) <= until] or saved[:1]
-    for path in reversed(saved) if ranks.is_first else ():
+    early = [path for path in saved if until is None or _step_of(path) <= until]
+    for path in (*reversed(early), *saved[len(early) :]) if ranks.is_first else ():
         try:
             found = read_checkpoint(path)
             break

@@ -106,7 +106,8 @@ class DiffusionTask:
         ranks: This process among the others of the run.
         choose: Says what of the model, on its device, is trained; by default all.
         base: What identifies the model that is trained further, if it is trained already.
-        pairs: The order of samples, of which each has its like beside it.
+        order: In which the data are seen; by default that which their configuration asks for.
+        pairs: The order of samples, of which each has its like beside it, in place of that.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class DiffusionTask:
         *,
         choose: Callable[[LatentDiffusion], Trained] | None = None,
         base: str | None = None,
+        order: LeavingOut | None = None,
         pairs: Pairs | None = None,
     ) -> None:
         self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
@@ -146,8 +148,9 @@ class DiffusionTask:
         # of nothing where none is wanted: the weights are then drawn from as they stand
         averaged = nn.Module() if average is None else self.trained
         self.ema = ExponentialMovingAverage(averaged, average or ConstantEMAConfig())
-        order = build_order(data, self.batch_size, recipe.seed)
-        self.order = order if pairs is None else LeavingOut(pairs)
+        if pairs is not None:
+            order = LeavingOut(pairs, pairs.others)
+        self.order = order or build_order(data, self.batch_size, recipe.seed)
         self.conditions = ConditionMaker(
             model,
             data,

@@ -28,6 +28,7 @@ from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.training.batches import DataOrder
 from mezzotint.training.conditions import check_degradation
 from mezzotint.training.diffusion import DiffusionTask, Trained
 from mezzotint.training.finetune_data import CaptionedData, Pairs, WithPrior
@@ -35,7 +36,8 @@ from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.inversion import add_token
 from mezzotint.training.log import RunLog
 from mezzotint.training.lora import add_lora
-from mezzotint.training.orders import TrainingData
+from mezzotint.training.orders import TrainingData, build_order
+from mezzotint.training.parts import check_buckets
 from mezzotint.training.prior import draw_prior
 from mezzotint.training.ranks import Ranks
 
@@ -80,6 +82,7 @@ def finetune_task(
     if (side, side) != model.image_size:
         height, width = model.image_size
         log.event(f"the base model was trained at {width} x {height} pixels, this is {side}")
+    order = build_order(data, recipe.batch_size, recipe.seed)
     if model.conditioner.wants == "caption":
         token = recipe.token.word if recipe.token is not None else ""
         data = CaptionedData(data, recipe.templates, token)
@@ -87,15 +90,15 @@ def finetune_task(
     if recipe.prior is not None:
         where = folder / "prior"
         paths = draw_prior(recipe.prior, recipe, loaded, base, where, execution, ranks, log)
-        pairs = Pairs.of(len(data), len(paths), recipe.seed, recipe.prior.weight)
+        of_prior = DataOrder(len(paths), recipe.seed + 1)
+        pairs = Pairs(order.order, len(data), of_prior, recipe.prior.weight)
         data = WithPrior(data, paths, recipe.prior.prompt, side)
     model.image_size = (side, side)
     first_stage = model.first_stage.to(execution.device)
     cache = encode(data, first_stage, model.normalization)
     choose = partial(_choose, recipe=recipe, defaults=loaded.defaults)
-    return DiffusionTask(
-        recipe, model, data, cache, execution, ranks, choose=choose, base=base, pairs=pairs
-    )
+    task = partial(DiffusionTask, choose=choose, base=base, order=order, pairs=pairs)
+    return task(recipe, model, data, cache, execution, ranks)
 
 
 def _load(recipe: FinetuneRecipe) -> LoadedModel:
@@ -116,6 +119,12 @@ def _check(recipe: FinetuneRecipe, model: LatentDiffusion, data: ImageData) -> N
         raise ConfigError(
             f"data.resolution {recipe.data.resolution} is not divisible by the base model's"
             f" f = {factor}"
+        )
+    check_buckets(recipe.data, factor, len(model.unet.config.block_out_channels))
+    if getattr(recipe.data, "buckets", None) and model.conditioner.wants_concat is not None:
+        raise ConfigError(
+            f"data.buckets: the base model wants {model.conditioner.description}, which takes"
+            " squares; leave them out"
         )
     if model.unet.config.guidance_embed_dim is not None:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.data.base import Description, Example, Fault, ImageData
+from mezzotint.data.base import ContentAddressed, Description, Example, Fault, ImageData
 from mezzotint.errors import DataError
 from mezzotint.training.batches import DataOrder
+from mezzotint.training.orders import Order
 
 __all__ = ["CaptionedData", "Pairs", "WithPrior"]
 
@@ -22,6 +23,8 @@ class _Around:
     """Has the classes and the faults of the data inside."""
 
     data: ImageData
+    # only where the data inside have it: then latents are found again whatever is said of pictures
+    content: Callable[[int], str]
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -49,6 +52,8 @@ class CaptionedData(_Around):
 
     def __init__(self, data: ImageData, templates: Sequence[str], token: str = "") -> None:
         self.data, self.templates, self.token = data, tuple(templates), token
+        if isinstance(data, ContentAddressed):
+            self.content = data.content
         asked = [template for template in self.templates if "{caption}" in template]
         if asked and data.describe(0).caption is None:
             raise DataError(
@@ -99,9 +104,15 @@ class WithPrior(_Around):
         self.data, self.paths, self.caption = data, tuple(paths), caption
         self._size = resolution, resolution
         digest = hashlib.sha256(json.dumps([data.fingerprint, caption]).encode())
+        contents: list[str] = []
         for path in self.paths:
-            digest.update(self._pixels(path).numpy().tobytes())
+            pixels = self._pixels(path).numpy().tobytes()
+            digest.update(pixels)
+            contents.append(hashlib.sha256(f"{self._size} ".encode() + pixels).hexdigest())
         self._fingerprint = digest.hexdigest()
+        if isinstance(data, ContentAddressed):
+            inner, count = data.content, len(data)
+            self.content = lambda k: inner(k) if k < count else contents[k - count]
 
     @property
     def fingerprint(self) -> str:
@@ -143,23 +154,25 @@ class Pairs:
 
     Attributes:
         data: Order of the pictures of the data, which are the first.
+        count: How many they are.
         prior: Order of those of the prior, which follow them.
         weight: Of the prior's loss beside the data's.
     """
 
-    data: DataOrder
+    data: Order
+    count: int
     prior: DataOrder
     weight: float
-
-    @classmethod
-    def of(cls, data: int, prior: int, seed: int, weight: float) -> "Pairs":
-        """Return the order of so many pictures of the data and of the prior."""
-        return cls(DataOrder(data, seed), DataOrder(prior, seed + 1), weight)
 
     def index(self, position: int) -> int:
         """Return the picture at a global position."""
         pair, of_prior = divmod(position, 2)
-        return self.data.count + self.prior.index(pair) if of_prior else self.data.index(pair)
+        return self.count + self.prior.index(pair) if of_prior else self.data.index(pair)
+
+    def others(self, position: int) -> range:
+        """Return the places of the same kind that follow, until each picture of it has come."""
+        pictures = self.prior.count if position % 2 else self.count
+        return range(position + 2, position + 2 + 4 * pictures, 2)
 
     def weights(self, positions: Sequence[int]) -> Tensor:
         """Return what losses are multiplied by, so that their mean is that of both sums."""

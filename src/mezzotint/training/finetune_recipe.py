@@ -240,6 +240,15 @@ class FinetuneRecipe(RecipeBase):
                 f"ema: power functions are for method 'full'; of what {self.method!r} trains no"
                 " average is made afterwards"
             )
+        if inversion and self.run.evaluation is not None:
+            raise ValueError(
+                "run.evaluation: draws from the captions of real pictures, which do not say the new"
+                " word; leave it out"
+            )
+        if self.prior is not None and getattr(self.data, "buckets", None) is not None:
+            raise ValueError(
+                "data.buckets: the pictures of a prior are squares; leave one of them out"
+            )
         with_token = [t for t in self.templates if "{token}" in t]
         if inversion and len(with_token) < len(self.templates):
             raise ValueError("caption_templates: each needs {token}, which is what is trained")

@@ -15,7 +15,7 @@ from mezzotint.training.gauges import counted, peak_flops
 from mezzotint.training.log import RunLog
 from mezzotint.training.oversight import HealthConfig
 from mezzotint.training.ranks import ALONE, Ranks
-from mezzotint.training.symptoms import Facts, Symptom, Window, symptoms_of
+from mezzotint.training.symptoms import READ, Facts, Symptom, Window, needed, symptoms_of
 
 __all__ = ["Health", "Rollback", "Sample", "Trouble"]
 
@@ -24,6 +24,10 @@ Sample = tuple[int, str]  # its index in the data, and what messages call it
 # a window has at least so many of both: fewer would be ruled by chance
 _STEPS, _IMAGES = 10, 64
 _LAST = {"codes_used", "codes_perplexity", "vectors_per_code", "ema_distance", "learning_rate"}
+_SAFER = (
+    "no single sample causes it: lower optimizer.learning_rate, or set precision=float32 (or"
+    " bfloat16 in place of float16)"
+)
 _REPORTED = 10  # rows of the report
 _GAUGES = ("loss", "unexplained", "gradient_norm", "learning_rate", "latent_std", "psnr")
 
@@ -36,12 +40,14 @@ class Trouble:
         step: Steps done before the one that shows it.
         since: Up to this step all was well.
         text: What happened, in words.
+        remedy: What to change in the recipe, in words.
         lost: Whether the loss or its gradient is no number.
     """
 
     step: int
     since: int
     text: str
+    remedy: str
     lost: bool = False
 
 
@@ -98,11 +104,13 @@ class Health:
         execution: Device and precision.
         images_per_step: Images that a step sees.
         facts: Of the recipe; None says nothing but that a loss is no number.
+        before: What the recipe and its data show before the first step.
         compiled: Whether torch compiles the network, whose arithmetic then cannot be counted.
         ranks: This process among the others.
 
     Attributes:
         rollbacks: The ways back that were taken.
+        told: The names of the warnings that were given.
     """
 
     def __init__(
@@ -113,13 +121,16 @@ class Health:
         *,
         images_per_step: int,
         facts: Facts | None = None,
+        before: Sequence[Symptom] = (),
         compiled: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.log, self.facts, self.ranks = config, log, facts, ranks
+        self.before = before
         self.execution, self.images_per_step, self.compiled = execution, images_per_step, compiled
         self.rollbacks: list[Rollback] = []
-        self._told: set[str] = set()
+        self.told: set[str] = set()
+        self._begun = 0  # where the training began, or went on, of which the windows tell
         self._steps: list[tuple[int, Tensor | float, Tensor | float]] = []
         self._rows: deque[Mapping[str, float]] = deque(maxlen=_REPORTED)
         self._windows: list[Window] = []
@@ -127,13 +138,43 @@ class Health:
         self._to_count = False
         self._counted: frozenset[str] = frozenset()  # the values of the step that was counted
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return [rollback.plain() for rollback in self.rollbacks]
+        seen = {
+            "windows": [vars(window) for window in self._windows],
+            "open": [[count, values] for count, values in self._open],
+            "told": sorted(self.told),
+            "begun": self._begun,
+        }
+        return {"rollbacks": [rollback.plain() for rollback in self.rollbacks], "seen": seen}
 
-    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Take back what `state` gave."""
-        self.rollbacks = [Rollback.of(values) for values in state]
+    def load_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Take back what `state` gave at a step; older checkpoints have ``rollbacks`` alone."""
+        self.rollbacks = [Rollback.of(values) for values in state.get("rollbacks", ())]
+        seen = state.get("seen", {})
+        self._windows = [Window(**values) for values in seen.get("windows", ())]
+        self._open = [(count, values) for count, values in seen.get("open", ())]
+        self.told, self._begun = set(seen.get("told", ())), seen.get("begun", step)
+
+    def begin(self) -> None:
+        """Say what was seen before the first step, if it was not said when the run began."""
+        for symptom in self.before:
+            self.warn(symptom, 0)
+
+    @property
+    def judges(self) -> bool:
+        """Whether anything but a loss that is no number is seen to be bad."""
+        return self.facts is not None
+
+    @property
+    def well_until(self) -> int:
+        """The last step that nothing seen later can show to have been bad.
+
+        `Trouble.since` is never before it: the error may have risen in the last two windows.
+        """
+        if len(self._windows) > 1:
+            return self._windows[-2].last
+        return self._windows[0].last if self._windows else self._begun
 
     @property
     def rate(self) -> float:
@@ -147,8 +188,8 @@ class Health:
 
     def warn(self, symptom: Symptom, step: int) -> None:
         """Say what is wrong, if it was not said before and warnings are wanted."""
-        if self.config.warnings and symptom.name not in self._told:
-            self._told.add(symptom.name)
+        if self.config.warnings and symptom.name not in self.told:
+            self.told.add(symptom.name)
             self.log.warn(step, symptom.name, symptom.text)
 
     def step(
@@ -192,7 +233,7 @@ class Health:
         if math.isinf(first):
             return None
         text = f"step {int(first) + 1:,}: the loss or its gradient is no longer a number"
-        return Trouble(int(first), int(first), text, lost=True)
+        return Trouble(int(first), int(first), text, _SAFER, lost=True)
 
     def observe(self, first: int, last: int, values: Mapping[str, float]) -> Trouble | None:
         """Look at a row of the log.
@@ -208,22 +249,23 @@ class Health:
         self._rows.append({"step": last, **values})
         if self.facts is None or "unexplained" not in values or last <= first:
             return None
-        self._open.append((last - first, values))
+        self._open.append((last - first, {k: v for k, v in values.items() if k in READ}))
         steps = sum(count for count, _ in self._open)
         if steps < _STEPS or steps * self.images_per_step < _IMAGES:
             return None
         self._windows.append(Window(last - steps, last, _averaged(self._open)))
-        self._open = []
+        self._windows, self._open = needed(self._windows), []
         for symptom in symptoms_of(self._windows, self.facts):
             self.warn(symptom, last)
             if symptom.diverged:
-                return Trouble(last, symptom.since, symptom.text)
+                return Trouble(last, symptom.since, symptom.text, symptom.remedy)
         return None
 
     def go_back(self, rollback: Rollback) -> None:
         """Note a way back, and look at the training anew from there."""
         self.rollbacks.append(rollback)
         self._windows, self._open, self._steps = [], [], []
+        self._begun = rollback.to
 
     def report(self, path: Path, trouble: Trouble, samples: Sequence[Sample]) -> str:
         """Write what happened, what was seen before, what was tried and what to change.
@@ -273,12 +315,7 @@ def _change(trouble: Trouble, samples: Sequence[Sample]) -> str:
             " others: mend or remove these samples, and delete the folder latents/ of the run if"
             " there is one"
         )
-    if not trouble.lost:
-        return "lower optimizer.learning_rate, and start anew with another --output"
-    return (
-        "no single sample causes it: lower optimizer.learning_rate, or set precision=float32 (or"
-        " bfloat16 in place of float16), and start anew with another --output"
-    )
+    return f"{trouble.remedy}, and start anew with another --output"
 
 
 def _table(rows: Sequence[Mapping[str, float]]) -> list[str]:

@@ -5,8 +5,9 @@ import importlib
 import json
 import math
 import os
+import secrets
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ from mezzotint.errors import TrainingError
 from mezzotint.training.gauges import derive
 from mezzotint.training.ranks import ALONE, Ranks
 
-__all__ = ["RunLog"]
+__all__ = ["WANDB_ID", "RunLog"]
 
+WANDB_ID = "wandb-id"  # in the run folder: by which a run goes on that was stopped
+_NO_BOARD = (
+    "TensorBoard is not installed: the numbers go to metrics.jsonl alone; for both,"
+    " pip install 'mezzotint[train]'"
+)
 
 # beside loss and speed; of the rest, `metrics.jsonl` and TensorBoard tell
 _SHOWN = {
@@ -46,7 +52,24 @@ def _open_tracker(project: str, title: str, folder: Path, ranks: Ranks) -> Any:
     if not ranks.is_first:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(project=project, name=title, dir=str(folder))
+    name = folder / WANDB_ID
+    if not name.is_file():
+        name.write_text(secrets.token_hex(8), encoding="utf-8")
+    known = name.read_text(encoding="utf-8")
+    return wandb.init(project=project, name=title, dir=str(folder), id=known, resume="allow")
+
+
+def _kept(path: Path, step: int, told: Container[str]) -> Iterator[str]:
+    """The whole lines of ``metrics.jsonl`` up to a step, and the warnings that were told."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                stays = row["step"] <= step or row.get("warning") in told
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue  # a process was killed in the middle of it
+            if stays and line.endswith("\n"):
+                yield line
 
 
 def _plain(total: Tensor | float, count: int) -> list[float]:
@@ -93,20 +116,23 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             text, metrics = folder / "log.txt", folder / "metrics.jsonl"
         self._text, self._metrics = (path.open("a", encoding="utf-8") for path in (text, metrics))
-        self._board = self._open_board(folder / "tensorboard") if ranks.is_first else None
+        self.folder = folder
+        self._board: Any = None
+        self._purge_step: int | None = None
+        self._open_board = self._find_board() if ranks.is_first else None
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._last: tuple[int, float] | None = None
         self._shown: dict[str, float] = {}
         self._untold: list[str] = []
         self.peak_seconds: float | None = None
 
-    @staticmethod
-    def _open_board(folder: Path) -> Any:
+    def _find_board(self) -> Callable[..., Any] | None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # TensorBoard is in the extra `train`; metrics.jsonl is always there
+            self.event(_NO_BOARD)
             return None
-        return SummaryWriter(str(folder))
+        return SummaryWriter
 
     def event(self, text: str) -> None:
         """Say a sentence on the console and in ``log.txt``."""
@@ -196,7 +222,10 @@ class RunLog:
         self._metrics.write(json.dumps({"step": step, **row}) + "\n")
         self._metrics.flush()
         numbers = row if told is None else told
-        if self._board is not None:
+        if self._open_board is not None and numbers:
+            if self._board is None:
+                board = str(self.folder / "tensorboard")
+                self._board = self._open_board(board, purge_step=self._purge_step)
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
         if self._tracker is not None and numbers:
@@ -208,9 +237,28 @@ class RunLog:
         self.event(f"warning: {text}")
         self.numbers(step, {"warning": name, "text": text}, {})
 
-    def restart(self) -> None:
-        """Forget what was collected: the training goes on from another step."""
+    def rewind(self, step: int, told: Container[str] = ()) -> None:
+        """Forget what was collected, and drop the rows of later steps: they will come again.
+
+        What W&B has of them stays there.
+
+        Args:
+            step: Where the training goes on; -1 is before the first row.
+            told: Names of warnings that stay, for they will not be given again.
+        """
         self._sums, self._last = {}, None
+        if not self.ranks.is_first:
+            return
+        self._metrics.close()
+        path = self.folder / "metrics.jsonl"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_kept(path, step, told))
+        temporary.replace(path)
+        self._metrics = path.open("a", encoding="utf-8")
+        if self._board is not None:
+            self._board.close()
+        self._board, self._purge_step = None, step + 1  # TensorBoard drops what it has of these
 
     @contextlib.contextmanager
     def progress(self) -> Generator[Callable[[float, float, int], None]]:

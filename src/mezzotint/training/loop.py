@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -200,19 +201,24 @@ class _Loop:
         self.health, self.callbacks, self.ranks = health, callbacks, ranks
         self.step, self.first, self.clock = 0, 0, _Clock(0.0)
         self.flushed = 0
-        self.begun: Checkpoint | None = None  # the state at the start, until a checkpoint is saved
+        # the state at the start, until a checkpoint is known to be as good; the first step of one
+        self.begun: Checkpoint | None = None
+        self.saved_first = math.inf
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begin anew, or at a checkpoint."""
         if checkpoint is not None:
             self.task.load_state(checkpoint)
-            self.health.load_state(checkpoint.values.get("rollbacks", []))
+            self.health.load_state(checkpoint.values, checkpoint.step)
             self._apply()
             self.step = checkpoint.step
             self.clock = _Clock(float(checkpoint.values["seconds"]))
             self.log.event(f"going on from step {self.step:,} ({checkpoint.path})")
         elif self.config.health.rollback:
             self.begun = _in_memory(*self.task.state())
+        # what a killed process had written of later steps, they will write again
+        self._rewind(-1 if checkpoint is None else self.step)
+        self.health.begin()
         self.first = self.flushed = self.step
 
     def train(
@@ -297,10 +303,13 @@ class _Loop:
         if not self._flush():  # never push a good checkpoint out by one that is lost
             return False
         tensors, values = self.task.state()
-        values |= {"seconds": self.clock.seconds, "rollbacks": self.health.state()}
+        values |= {"seconds": self.clock.seconds, **self.health.state()}
         keep, place = self.config.keep_checkpoints, self.folder / "checkpoints"
-        save_checkpoint(place, self.step, tensors, values, keep, self.ranks)
-        self.begun = None
+        well_until = self.health.well_until
+        save_checkpoint(place, self.step, tensors, values, keep, self.ranks, well_until)
+        self.saved_first = min(self.step, self.saved_first)
+        if not self.health.judges or self.saved_first <= well_until:
+            self.begun = None
         for callback in self.callbacks:
             callback.on_checkpoint(self.step)
         return True
@@ -308,13 +317,15 @@ class _Loop:
     def _go_back(self, trouble: Trouble) -> None:
         """Go back to the last good state and on from there otherwise, or end with a report."""
         health, task = self.health, self.task
-        good = self.begun
-        if good is None:
-            good, _ = newest_checkpoint(self.folder / "checkpoints", self.ranks, trouble.since)
+        good, damaged = self.begun, list[str]()
+        if good is None or self.saved_first <= trouble.since:
+            place = self.folder / "checkpoints"
+            good, damaged = newest_checkpoint(place, self.ranks, trouble.since)
+        for sentence in damaged:
+            self.log.event(f"passed by a damaged checkpoint: {sentence}")
         samples: list[Sample] = []
         if good is not None:
             task.load_state(good)
-            self.log.restart()
             if trouble.lost and can_leave_out(task.data, 1):
                 mine = task.faulty_samples(trouble.step)
                 samples = sorted({s for each in self.ranks.gather_values(mine) for s in each})
@@ -326,9 +337,21 @@ class _Loop:
         health.go_back(done)
         self._apply()
         self.step = self.flushed = good.step
+        self._rewind(self.step)
         text = f"{trouble.text}. Gone back to step {done.to:,}, {done.remedy}"
+        if done.to > trouble.since:
+            text += (
+                f"; that step may be bad too: all was well up to step {trouble.since:,}, and no"
+                " whole checkpoint is left from before it"
+            )
         self.log.warn(self.step, "rollback", text)
         self._save()  # what comes after it is not gone on with, whatever happens now
+
+    def _rewind(self, step: int) -> None:
+        """Drop what was written of later steps; -1 is before the first."""
+        self.log.rewind(step, self.health.told)
+        for callback in self.callbacks:
+            callback.on_rewind(step)
 
     def _apply(self) -> None:
         """Train as the ways back say that were taken."""

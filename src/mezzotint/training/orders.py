@@ -1,7 +1,7 @@
 """What a run is trained on, and in which order: a pure function of (seed, position)."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -117,6 +117,12 @@ class BucketOrder:
         epoch, place = divmod(position, self.batch_size * sum(self._batches_of))
         return self._epoch(epoch)[place]
 
+    def others(self, position: int) -> Iterable[int]:
+        """Return the other places of the same batch, whose images are of the same size."""
+        first = position - position % self.batch_size
+        places = range(1, self.batch_size)
+        return (first + (position - first + k) % self.batch_size for k in places)
+
     def _order_of_epoch(self, epoch: int) -> list[int]:
         batches: list[list[int]] = []
         for number, members in enumerate(self._members):
@@ -138,15 +144,15 @@ class LeavingOut:
 
     Args:
         order: Of all images.
-        batch_size: Where a batch has images of one size alone, the replacement is of the same
-            batch; otherwise None.
+        others: The places that a replacement may be taken from, in turn; by default all that
+            follow.
 
     Attributes:
         excluded: Images that are left out.
     """
 
-    def __init__(self, order: Order, batch_size: int | None = None) -> None:
-        self.order, self.batch_size = order, batch_size
+    def __init__(self, order: Order, others: Callable[[int], Iterable[int]] | None = None) -> None:
+        self.order, self.others = order, others or _following
         self.excluded: frozenset[int] = frozenset()
 
     def index(self, position: int) -> int:
@@ -154,15 +160,13 @@ class LeavingOut:
         index = self.order.index(position)
         if index not in self.excluded:
             return index
-        if self.batch_size is None:
-            following = itertools.count(position + 1)
-        else:
-            first = position - position % self.batch_size
-            places = range(1, self.batch_size)
-            following = (first + (position - first + k) % self.batch_size for k in places)
-        chosen = (self.order.index(place) for place in following)
-        # where all of a batch are left out, there is nothing of its size to take
+        chosen = (self.order.index(place) for place in self.others(position))
+        # where all of a batch, or of a kind, are left out, there is nothing like it to take
         return next((k for k in chosen if k not in self.excluded), index)
+
+
+def _following(position: int) -> Iterable[int]:
+    return itertools.count(position + 1)
 
 
 def build_order(data: TrainingData, batch_size: int, seed: int) -> LeavingOut:
@@ -180,7 +184,8 @@ def build_order(data: TrainingData, batch_size: int, seed: int) -> LeavingOut:
         return LeavingOut(StreamOrder())
     if isinstance(data, CaptionedImages) and data.bucket_sizes:
         buckets = [data.bucket(k) for k in range(len(data))]
-        return LeavingOut(BucketOrder(buckets, batch_size, seed), batch_size)
+        by_bucket = BucketOrder(buckets, batch_size, seed)
+        return LeavingOut(by_bucket, by_bucket.others)
     if isinstance(data, CaptionedImages) and data.config.balance == "class":
         labels: list[int] = []
         for k in range(len(data)):

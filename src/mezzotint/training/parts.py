@@ -14,7 +14,7 @@ from mezzotint.conditioning.build import (
 )
 from mezzotint.conditioning.spatial import SemanticMapConditionerConfig
 from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
-from mezzotint.data import ShardStream
+from mezzotint.data import AnyDataConfig, ShardStream
 from mezzotint.errors import ConfigError
 from mezzotint.rng import mix
 from mezzotint.training.orders import TrainingData
@@ -35,10 +35,16 @@ def check_factor(recipe: DiffusionRecipe, factor: int) -> None:
         )
 
 
-def check_buckets(recipe: DiffusionRecipe, factor: int) -> None:
-    """Raise a ConfigError if the sides of a bucket cannot be halved as often as they are."""
-    buckets = getattr(recipe.data, "buckets", None)
-    needed = factor * 2 ** (len(recipe.unet.block_out_channels) - 1)
+def check_buckets(data: AnyDataConfig, factor: int, levels: int) -> None:
+    """Raise a ConfigError if the sides of a bucket cannot be halved as often as they are.
+
+    Args:
+        data: Any.
+        factor: Of the first stage.
+        levels: Of the UNet.
+    """
+    buckets = getattr(data, "buckets", None)
+    needed = factor * 2 ** (levels - 1)
     if buckets is not None and buckets.multiple % needed:
         raise ConfigError(
             f"data.buckets.multiple {buckets.multiple} is not divisible by {needed}: the first"

@@ -8,8 +8,9 @@ from mezzotint.data.latents import LatentCache
 from mezzotint.device import select_device
 from mezzotint.errors import ConfigError
 from mezzotint.training.caching import open_latent_cache
+from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.ranks import join_ranks, rank_device
-from mezzotint.training.recipe import DiffusionRecipe
+from mezzotint.training.recipe import AutoencoderRecipe
 from mezzotint.training.run import load_recipe, stored_first_stage
 
 __all__ = ["precompute_latents"]
@@ -38,8 +39,13 @@ def precompute_latents(
         DataError: If the data cannot be read.
     """
     wanted = load_recipe(recipe, overrides)
-    if not isinstance(wanted, DiffusionRecipe):
+    if isinstance(wanted, AutoencoderRecipe):
         raise ConfigError(f"{recipe}: trains an autoencoder, which is shown pictures, not latents")
+    if isinstance(wanted, FinetuneRecipe):
+        raise ConfigError(
+            f"{recipe}: fine-tunes a model: such a run encodes its pictures itself when it starts,"
+            " with the autoencoder of its base"
+        )
     if not wanted.latent_variants:
         raise ConfigError(f"{recipe}: latent_variants is 0: nothing is to be kept")
     folder = Path(output) if output is not None else Path("runs") / wanted.name

@@ -24,14 +24,15 @@ from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
 from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.caching import cache_sentences, open_latent_cache
-from mezzotint.training.callbacks import Callback, Evaluations, SampleSheets
+from mezzotint.training.callbacks import Callback, SampleSheets
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.evaluations import Evaluations, Measurement
 from mezzotint.training.finetune import finetune_task
 from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
 from mezzotint.training.health import Health
-from mezzotint.training.log import RunLog
+from mezzotint.training.log import WANDB_ID, RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
 from mezzotint.training.parts import check_buckets, check_factor, check_map, conditioner_of
@@ -148,6 +149,7 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
     execution, ranks = setting.execution, setting.ranks
     _check_share(recipe, ranks)
     data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
+    measurement = Measurement.of(recipe)
     if ranks.is_first:
         _claim(folder, recipe, setting.resume)
     ranks.wait()
@@ -185,7 +187,7 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
             run=recipe.run,
             log=log,
             health=_health(recipe, task, setting, log),
-            callbacks=_callbacks(recipe, task, folder, setting, log),
+            callbacks=_callbacks(recipe, measurement, task, folder, setting, log),
             checkpoint=checkpoint,
             ranks=ranks,
             stop_after=stop_after,
@@ -202,27 +204,33 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
 
 
 def _health(recipe: Recipe, task: Task, setting: _Setting, log: RunLog) -> Health:
-    health = Health(
+    pixels = isinstance(task, DiffusionTask) and isinstance(
+        task.model.first_stage, IdentityFirstStage
+    )
+    return Health(
         recipe.run.health,
         log,
         setting.execution,
         images_per_step=task.images_per_step,
-        facts=Facts.of(recipe, epoch_length(task.data)),
+        facts=Facts.of(recipe, epoch_length(task.data), pixels=pixels),
+        before=tuple(before_training(recipe, task.data)),
         compiled=recipe.run.compile,
         ranks=setting.ranks,
     )
-    for symptom in before_training(recipe, task.data):
-        health.warn(symptom, 0)
-    return health
 
 
 def _callbacks(
-    recipe: Recipe, task: Task, folder: Path, setting: _Setting, log: RunLog
+    recipe: Recipe,
+    measurement: Measurement | None,
+    task: Task,
+    folder: Path,
+    setting: _Setting,
+    log: RunLog,
 ) -> list[Callback]:
     callbacks: list[Callback] = [SampleSheets(task, folder, recipe.run.sample_minutes)]
-    config, device = recipe.run.evaluation, setting.execution.device
-    if config is not None:
-        evaluations = Evaluations(config, recipe, task, folder, log, device, setting.ranks)
+    if measurement is not None:
+        device, ranks = setting.execution.device, setting.ranks
+        evaluations = Evaluations(measurement, recipe, task, folder, log, device, ranks)
         callbacks.append(evaluations)
     return callbacks
 
@@ -257,7 +265,8 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            (folder / "tokenizer.json").unlink(missing_ok=True)
+            for name in ("tokenizer.json", WANDB_ID):
+                (folder / name).unlink(missing_ok=True)
         temporary = record.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(to_yaml(recipe), encoding="utf-8")
         temporary.replace(record)
@@ -291,7 +300,8 @@ def _diffusion_task(
     first_stage, normalization = _first_stage(recipe, folder, setting, log)
     first_stage = first_stage.to(execution.device)
     check_factor(recipe, first_stage.factor)
-    check_buckets(recipe, first_stage.factor)
+    levels = len(recipe.unet.block_out_channels)
+    check_buckets(recipe.data, first_stage.factor, levels)
     check_map(recipe, first_stage.factor)
     check_degradation(recipe.conditioning, recipe.degradation, first_stage.factor)
     conditioner = conditioner_of(recipe, data, folder, ranks)

@@ -11,15 +11,30 @@ from dataclasses import dataclass
 
 from mezzotint.conditioning.build import main_config
 from mezzotint.data import ImageData, ShardStream
-from mezzotint.models.autoencoder import IdentityFirstStageConfig
 from mezzotint.training.ema import ConstantEMAConfig
 from mezzotint.training.finetune_recipe import Recipe
 from mezzotint.training.orders import TrainingData
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 
-__all__ = ["Facts", "Symptom", "Window", "before_training", "symptoms_of"]
+__all__ = ["READ", "Facts", "Symptom", "Window", "before_training", "needed", "symptoms_of"]
 
 _ASKED = 256  # samples whose captions are looked at
+# what the signs are read from, of all that the log tells
+READ = frozenset(
+    {
+        "adversarial",
+        "codes_used",
+        "discriminator_loss",
+        "ema_distance",
+        "gradient_norm",
+        "latent_mean",
+        "latent_std",
+        "learning_rate",
+        "unexplained",
+        "vectors_per_code",
+        "worse_than_nothing",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +44,14 @@ class Symptom:
     Attributes:
         name: One word or two for ``metrics.jsonl``; each is told once.
         text: What, by which signs, and what to do.
+        remedy: What to do, if it diverged.
         diverged: Whether going on is of no use.
         since: The last step at which all was well, if it diverged.
     """
 
     name: str
     text: str
+    remedy: str = ""
     diverged: bool = False
     since: int = 0
 
@@ -74,22 +91,21 @@ class Facts:
     diffusion: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, images: int) -> "Facts":
-        """Read them off a recipe and the number of images."""
+    def of(cls, recipe: Recipe, images: int, *, pixels: bool = False) -> "Facts":
+        """Read them off a recipe, the number of images, and whether a model is one of pixels."""
         epoch = images / (recipe.batch_size * recipe.accumulate)
-        adversary, latents = None, False
+        adversary, diffusion = None, True
         if isinstance(recipe, AutoencoderRecipe):
             adversarial = recipe.loss.adversarial
             adversary = None if adversarial is None else adversarial.start_step
-        elif isinstance(recipe, DiffusionRecipe):
-            latents = not isinstance(recipe.first_stage, IdentityFirstStageConfig)
+            diffusion = False
         return cls(
-            latents=latents,
+            latents=diffusion and not pixels,
             adversary=adversary,
             epoch_steps=epoch,
             max_steps=recipe.budget.max_steps,
             learning_rate=recipe.optimizer.learning_rate,
-            diffusion=isinstance(recipe, DiffusionRecipe),
+            diffusion=diffusion,
         )
 
 
@@ -152,6 +168,16 @@ def symptoms_of(windows: Sequence[Window], facts: Facts) -> Iterator[Symptom]:
     yield from _stillness(windows, facts)
 
 
+def needed(windows: Sequence[Window]) -> list[Window]:
+    """Return the windows that later ones are seen with: the first, the best and the last three."""
+    best = min(windows[:-2], key=_unexplained, default=None)
+    return [w for k, w in enumerate(windows) if w is best or k == 0 or k >= len(windows) - 3]
+
+
+def _unexplained(window: Window) -> float:
+    return window.values["unexplained"]
+
+
 def _speaks(window: Window) -> bool:
     return "adversarial" in window.values
 
@@ -170,7 +196,7 @@ def _divergence(windows: Sequence[Window], facts: Facts) -> Iterator[Symptom]:
     elif len(windows) > 2:
         # a window's average moves by a tenth or a third from one to the next, not fourfold twice
         # in a row; and what still explains nine tenths has not collapsed
-        best = min(windows[:-2], key=lambda w: w.values["unexplained"])
+        best = min(windows[:-2], key=_unexplained)
         least = best.values["unexplained"]
         if all(w.values["unexplained"] > max(4 * least, 0.1) for w in windows[-2:]):
             good = max(w.last for w in windows[:-2])
@@ -181,17 +207,17 @@ def _divergence(windows: Sequence[Window], facts: Facts) -> Iterator[Symptom]:
     if not why:
         return
     if _speaks(now):
-        text, name = f"{why} since the discriminator speaks; {_MILDER}", "discriminator"
+        name, remedy = "discriminator", _MILDER
+        text = f"{why} since the discriminator speaks; {remedy}"
     else:
-        rate, name = now.values.get("learning_rate", facts.learning_rate), "learning rate"
-        text = (
-            f"{why}: training diverges. The learning rate {rate:.2g} is too high; lower"
-            " optimizer.learning_rate ten times, or give it optimizer.warmup_steps"
-        )
-    steps = f"steps {now.first + 1:,} to {now.last:,}"
-    yield Symptom(name, f"{steps}: {text}", diverged=True, since=good)
+        rate = now.values.get("learning_rate", facts.learning_rate)
+        name, remedy = "learning rate", _SLOWER
+        text = f"{why}: training diverges. The learning rate {rate:.2g} is too high; {remedy}"
+    text = f"steps {now.first + 1:,} to {now.last:,}: {text}"
+    yield Symptom(name, text, remedy, diverged=True, since=good)
 
 
+_SLOWER = "lower optimizer.learning_rate ten times, or give it optimizer.warmup_steps"
 _MILDER = (
     "raise loss.adversarial.start_step until reconstructions are good, and lower"
     " loss.adversarial.weight (the paper's is 0.5) and loss.adversarial.learning_rate"

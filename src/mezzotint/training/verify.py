@@ -151,7 +151,8 @@ def _compare(one: Checkpoint, other: Checkpoint) -> None:
     )
     different += sorted(mine.keys() ^ theirs.keys())
     different += [n for n, t in mine.items() if n in theirs and not torch.equal(t, theirs[n])]
-    for name in sorted((one.values.keys() | other.values.keys()) - {"seconds"}):
+    # rows of the log end where a run is stopped, and so do those that its health was seen by
+    for name in sorted((one.values.keys() | other.values.keys()) - {"seconds", "seen"}):
         if one.values.get(name) != other.values.get(name):
             different.append(name)
     if different:
