@@ -75,7 +75,8 @@ def _further(results: list[ConditionResult]) -> list[str]:
 
 def _machines(results: list[ConditionResult]) -> list[str]:
     told = dict.fromkeys(
-        f"{r.machine.processor}, {_counted(r.machine.threads, 'thread')}, {r.machine.precision}"
+        f"{r.machine.processor}, {_counted(r.machine.threads, 'thread')}, {r.machine.precision},"
+        f" {_counted(r.pictures, 'scene')} asked of the model"
         for r in results
     )
     return [f"Trained and measured on: {'; '.join(told)}.", ""]
