@@ -72,6 +72,7 @@ SURFACE = {
         "--family",
         "--prediction",
         "--weights",
+        "--back-projection",
         "--batch-size",
         "--strip",
         "--output",

@@ -175,7 +175,7 @@ def test_another_recipe_cannot_resume_a_run(tiny, tmp_path):
 def test_a_truncated_checkpoint_is_passed_by_and_named(tiny, tmp_path):
     recipe = tiny.write(tmp_path / "recipe.yaml", "autoencoder", run={"checkpoint_minutes": 1e-6})
     assert finish(recipe, tmp_path / "run")[0] == 0
-    older, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
+    *_, older, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
     file = newest / "autoencoder.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     longer = tiny.write(tmp_path / "longer.yaml", "autoencoder", budget={"max_steps": 6})
