@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mezzotint.checkpoints.model import save_model
 from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.data.latents import LatentCache
-from mezzotint.device import Execution
+from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.times import draw_time
 from mezzotint.errors import TrainingError
 from mezzotint.generation.generate import generate_each
@@ -268,7 +268,8 @@ class DiffusionTask:
         seeds = batch.seeds[part]
         z = self._latents(batch.latents[part], seeds)
         noise = SampleNoise(seeds).normal(z.shape[1:]).to(device, dtype)
-        inputs = self.conditions.inputs(batch.told[part], device, dtype)
+        with torch.no_grad(), autocast(self.execution):
+            inputs = self.conditions.inputs(batch.told[part], device, dtype)
         drop = [batch.drop[part]]
         if isinstance(self.model.conditioner, HybridConditioner):
             drop.append(batch.drop_spatial[part])
