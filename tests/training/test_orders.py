@@ -9,7 +9,7 @@ from mezzotint.data import FolderData, FolderDataConfig
 from mezzotint.errors import ConfigError
 from mezzotint.training.batches import DataOrder
 from mezzotint.training.checkpoint import newest_checkpoint
-from mezzotint.training.orders import BucketOrder, ClassBalancedOrder, build_order
+from mezzotint.training.orders import BucketOrder, ClassBalancedOrder, LeavingOut, build_order
 
 LABELS = [0] * 12 + [1] * 3 + [4] * 5
 
@@ -50,6 +50,19 @@ def test_a_batch_is_of_one_bucket_and_an_epoch_of_all_images(batch):
     assert epochs[0] != epochs[1] != epochs[2]
     again = BucketOrder(LABELS, batch, seed=5)
     assert [again.index(k) for k in (2 * length, 3)] == [epochs[2][0], epochs[0][3]]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_is_left_out_of_a_bucket_is_replaced_by_one_of_its_size(batch):
+    """Even where all of its batch are left out, or it is alone in it."""
+    order = BucketOrder(LABELS, batch, seed=5)
+    without = LeavingOut(order, order.others)
+    start = next(k for k in range(0, 100, batch) if LABELS[order.index(k)] == 0)
+    without.excluded = frozenset(order.index(start + k) for k in range(batch))
+    for place in range(200):
+        found = without.index(place)
+        assert found not in without.excluded
+        assert LABELS[found] == LABELS[order.index(place)]
 
 
 @pytest.fixture

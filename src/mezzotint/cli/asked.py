@@ -72,7 +72,7 @@ def check(fields: dict[str, Any]) -> None:
     elif "mask" in fields:
         task = "inpainting"
     elif "image" in fields:
-        task = "super-resolution" if "back_projection" in fields else "image-to-image"
+        task = "super-resolution" if fields.get("back_projection") else "image-to-image"
     elif "semantic_map" in fields:
         task = "map-to-image"
     elif "layout" in fields:

@@ -168,17 +168,15 @@ def _lay_out_small(
     factor, first = model.first_stage.factor, requests[0]
     spatial = spatial_conditioner(model.conditioner)
     fold = spatial.config.fold if isinstance(spatial, LowResConditioner) else 1
-    asked = first.width is not None or first.height is not None
     small: list[Tensor] = []
     for request in requests:
         picture = to_colour(pictures.get(_needed(request.image)))
-        if asked:
-            width, height = (side * factor // fold for side in picture.size)
-            width, height = first.width or width, first.height or height
+        own = width, height = tuple(side * factor // fold for side in picture.size)
+        width, height = first.width or width, first.height or height
+        if (width, height) != own:  # what is its own size may be cut from a larger one
             model.latent_shape(height, width)
             size = width // factor * fold, height // factor * fold
-            if size != picture.size:
-                picture = picture.resize(size, Image.Resampling.LANCZOS)
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
         small.append(to_pixels(picture))
     if len({item.shape for item in small}) > 1:
         raise RequestError("image: the pictures of one batch must be of one size")

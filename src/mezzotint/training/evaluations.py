@@ -128,7 +128,7 @@ class Evaluations:
         self._tried: int | None = None
 
     def due(self, step: int, seconds: float) -> bool:
-        """Whether it is time to measure, or whether a process was killed while it measured."""
+        """Whether it is time to measure, or was when the run was stopped."""
         config = self.measurement.config
         if config.every_steps is not None:
             return step > 0 and step % config.every_steps == 0 and not self._is_measured(step)
@@ -141,12 +141,14 @@ class Evaluations:
         if seconds < self._due_at:
             return False
         self._due_at = (seconds // interval + 1) * interval
+        if self.ranks.is_first:  # by this it is known to a run that is stopped before it is done
+            self._work(step).mkdir(parents=True, exist_ok=True)
         return True
 
     def run(self, step: int, seconds: float) -> None:
         """Measure the averaged weights as they stand."""
         work = self._work(step)
-        self._remove(work)
+        self._remove(work / "model")
         self.task.export(work / "model")
         self.ranks.wait()
         self._measure(work / "model", step)
@@ -212,6 +214,7 @@ class Evaluations:
             # it costs the run nothing but its numbers
             self.log.warn(step, "evaluation", f"step {step:,} cannot be evaluated: {error}")
         finally:
+            self.ranks.wait()  # the others read from it what the first has found
             self._remove(self._work(step))
 
     def _whole(self, model: Path) -> Path | Pipeline:

@@ -204,6 +204,7 @@ class _Loop:
         # the state at the start, until a checkpoint is known to be as good; the first step of one
         self.begun: Checkpoint | None = None
         self.saved_first = math.inf
+        self.saved = 0  # the step of the newest one
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begin anew, or at a checkpoint."""
@@ -219,7 +220,7 @@ class _Loop:
         # what a killed process had written of later steps, they will write again
         self._rewind(-1 if checkpoint is None else self.step)
         self.health.begin()
-        self.first = self.flushed = self.step
+        self.first = self.flushed = self.saved = self.step
 
     def train(
         self,
@@ -242,7 +243,7 @@ class _Loop:
             )
             display(progress, seconds, self.step)
             if must_stop:
-                if self.step > self.first:
+                if self.step != self.saved:
                     self._save()
                 by = stopped[0] if stopped else "a signal to another process"
                 log.event(f"stopped by {by} at step {self.step:,}; go on with --resume")
@@ -257,7 +258,8 @@ class _Loop:
                 log.event(f"stopped after {stop_after:,} steps, at step {self.step:,}")
                 return False
             with clock.paused():
-                if must_save and not self._save():
+                # nothing is drawn from, or measured of, weights that are lost
+                if not (self._save() if must_save else not any(due) or self._flush()):
                     continue
                 if must_save:
                     save_at = (clock.seconds // interval + 1) * interval
@@ -307,7 +309,7 @@ class _Loop:
         keep, place = self.config.keep_checkpoints, self.folder / "checkpoints"
         well_until = self.health.well_until
         save_checkpoint(place, self.step, tensors, values, keep, self.ranks, well_until)
-        self.saved_first = min(self.step, self.saved_first)
+        self.saved, self.saved_first = self.step, min(self.step, self.saved_first)
         if not self.health.judges or self.saved_first <= well_until:
             self.begun = None
         for callback in self.callbacks:

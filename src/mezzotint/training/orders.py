@@ -1,7 +1,7 @@
 """What a run is trained on, and in which order: a pure function of (seed, position)."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -104,7 +104,7 @@ class BucketOrder:
     """
 
     def __init__(self, buckets: Sequence[int], batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self._buckets = batch_size, seed, buckets
         members: dict[int, list[int]] = {}
         for index, bucket in enumerate(buckets):
             members.setdefault(bucket, []).append(index)
@@ -117,11 +117,15 @@ class BucketOrder:
         epoch, place = divmod(position, self.batch_size * sum(self._batches_of))
         return self._epoch(epoch)[place]
 
-    def others(self, position: int) -> Iterable[int]:
-        """Return the other places of the same batch, whose images are of the same size."""
+    def others(self, position: int) -> Iterator[int]:
+        """Return other places whose images are of the same size, those of its batch first."""
         first = position - position % self.batch_size
-        places = range(1, self.batch_size)
-        return (first + (position - first + k) % self.batch_size for k in places)
+        for k in range(1, self.batch_size):
+            yield first + (position - first + k) % self.batch_size
+        bucket, epoch = self._buckets[self.index(position)], self.batch_size * sum(self._batches_of)
+        for place in range(first + self.batch_size, first + self.batch_size + 2 * epoch):
+            if self._buckets[self.index(place)] == bucket:
+                yield place
 
     def _order_of_epoch(self, epoch: int) -> list[int]:
         batches: list[list[int]] = []
@@ -161,7 +165,7 @@ class LeavingOut:
         if index not in self.excluded:
             return index
         chosen = (self.order.index(place) for place in self.others(position))
-        # where all of a batch, or of a kind, are left out, there is nothing like it to take
+        # where all of a kind are left out, there is nothing like it to take
         return next((k for k in chosen if k not in self.excluded), index)
 
 

@@ -18,8 +18,8 @@ class HealthConfig(Config):
         warnings: Say in words what the gauges show to be wrong, each fault once.
         rollback: At a loss that is no number, or that diverges, go back once to the last good
             state: without the samples that cause it, or with a lower learning rate. The second
-            time the run stops with a report. Until the first checkpoint the state at the start is
-            kept in memory.
+            time the run stops with a report. Until a checkpoint is known to be as good, the state
+            at the start is kept in memory.
         learning_rate_factor: What the learning rate is multiplied by then.
         arithmetic: Tell what share of the processor's peak arithmetic a step reaches: one step is
             counted and one matrix product is timed.

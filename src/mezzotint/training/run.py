@@ -275,7 +275,8 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def _holds_run(folder: Path) -> bool:
-    return bool(list_checkpoints(folder / "checkpoints")) or (folder / "model").exists()
+    there = any((folder / name).exists() for name in ("model", "best"))
+    return there or bool(list_checkpoints(folder / "checkpoints"))
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

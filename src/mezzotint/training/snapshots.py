@@ -62,7 +62,7 @@ def save_if_due(ema: ExponentialMovingAverage, folder: Path, *, last: bool = Fal
         folder: The run's ``ema``.
         last: Whether training is at its end, where there is a snapshot in any case.
     """
-    if not isinstance(ema.config, PowerEMAConfig):
+    if not isinstance(ema.config, PowerEMAConfig) or not ema.updates:  # as of skipped steps alone
         return None
     regular = ema.updates % ema.config.snapshot_steps == 0
     return save_snapshot(ema, folder) if regular != last else None

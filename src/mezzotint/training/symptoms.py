@@ -191,7 +191,13 @@ def _divergence(windows: Sequence[Window], facts: Facts) -> Iterator[Symptom]:
     much = lost > (1.5 if facts.diffusion else 3.0)
     often = now.values.get("worse_than_nothing", 0.0) * (now.last - now.first) >= 2.5
     why = ""
-    if much or often:
+    if often and not much:
+        steps = now.last - now.first
+        why = (
+            f"in {now.values['worse_than_nothing'] * steps:.0f} of {steps} steps the error was more"
+            " than twice that of predicting nothing"
+        )
+    elif much:
         why = f"the error was {lost:.2g} times that of predicting nothing on average"
     elif len(windows) > 2:
         # a window's average moves by a tenth or a third from one to the next, not fourfold twice
