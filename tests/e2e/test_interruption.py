@@ -15,6 +15,7 @@ from PIL import Image
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 
 MEZZOTINT = str(Path(sys.executable).with_name("mezzotint"))
+KILLS = int(os.environ.get("MEZZOTINT_KILLS", "10"))
 
 
 def start(recipe: Path, run: Path, *options: str) -> subprocess.Popen:
@@ -40,7 +41,7 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen, newer_than: int = 
     raise AssertionError("no checkpoint within a minute")
 
 
-def test_ten_kills_at_random_moments(tiny, tmp_path):
+def test_kills_at_random_moments(tiny, tmp_path):
     """A checkpoint every tenth of a second, so that some of the kills strike while one is saved."""
     recipe = tiny.write(
         tmp_path / "recipe.yaml",
@@ -49,7 +50,7 @@ def test_ten_kills_at_random_moments(tiny, tmp_path):
         run={"checkpoint_minutes": 1 / 600, "log_steps": 1},
     )
     run, moments, reached = tmp_path / "run", random.Random(0), -1
-    for kill in range(10):
+    for kill in range(KILLS):
         process = start(recipe, run, *(["--resume"] if kill else []))
         wait_for_checkpoint(run, process, newer_than=reached)
         time.sleep(moments.random() * 0.5)
