@@ -64,6 +64,16 @@ def test_rows_of_pictures_stand_under_one_another_beside_their_names() -> None:
     assert sheet.getpixel((left + 44, 20 + 24)) == (255, 255, 255)
 
 
+def test_headings_take_as_many_lines_as_they_need() -> None:
+    row = {"": [plain("red"), plain("lime")]}
+    one, three = (
+        labelled_rows(row, headings=["apple", text], scale=3) for text in ("", "red blue on green")
+    )
+    assert three.height == one.height + 16
+    ink = (np.asarray(three.convert("L")) < 128)[:36, :]
+    assert ink[20:36, 70:].any() and not ink[20:36, :60].any()
+
+
 def test_a_grid_goes_row_by_row() -> None:
     sheet = image_grid([plain("red"), plain("lime"), plain("blue")], columns=2)
     assert sheet.size == (2 * 24 + GAP, 2 * 14 + GAP)

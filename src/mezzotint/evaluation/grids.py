@@ -27,6 +27,8 @@ _MARGIN = 4
 _LINE = 16
 _ERROR_GAIN = 4.0
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 
 def image_grid(
     images: Sequence[Image.Image],
@@ -68,7 +70,7 @@ def labelled_rows(
 
     Args:
         rows: The pictures of each row by its name.
-        headings: A line of text above each column; what is too long is cut.
+        headings: A text above each column, in as many lines as it needs.
         scale: Whole factor by which each picture is enlarged.
     """
     first = next(iter(rows.values()))[0]
@@ -76,7 +78,8 @@ def labelled_rows(
     font = ImageFont.load_default(size=12)
     named = [int(font.getlength(name)) + 2 * _MARGIN for name in rows if name]
     left = _MARGIN + max(named, default=0)
-    top = _MARGIN + (_LINE if headings is not None else 0)
+    texts = [_wrapped(heading, font, width) for heading in headings or ()]
+    top = _MARGIN + _LINE * max((len(lines) for lines in texts), default=0)
     columns = max(len(images) for images in rows.values())
     sheet = Image.new(
         "RGB",
@@ -84,9 +87,10 @@ def labelled_rows(
         "white",
     )
     draw = ImageDraw.Draw(sheet)
-    for k, heading in enumerate(headings or ()):
+    for k, lines in enumerate(texts):
         middle = left + k * (width + _MARGIN) + width // 2
-        draw.text((middle, _MARGIN), _fit(heading, font, width), "black", font, anchor="mt")
+        for number, line in enumerate(lines):
+            draw.text((middle, _MARGIN + number * _LINE), line, "black", font, anchor="mt")
     for number, (name, images) in enumerate(rows.items()):
         y = top + number * (height + _MARGIN)
         draw.text((left - 2 * _MARGIN, y + height // 2), name, "black", font, anchor="rm")
@@ -232,7 +236,19 @@ def _pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.asarray(p.permute(1, 2, 0).cpu())) for p in images]
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _wrapped(text: str, font: _Font, width: int) -> list[str]:
+    """The lines of a text that are no wider than that; a word that is wider is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(_fit(word, font, width))
+        else:
+            lines[-1] = _fit(longer, font, width)
+    return lines
+
+
+def _fit(text: str, font: _Font, width: int) -> str:
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text
