@@ -148,7 +148,7 @@ def test_a_damaged_shard_is_found_and_rebuilt(
     damage: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mezzotint.data.latents._SHARD", 1 << 14)  # eight views
+    monkeypatch.setattr("mezzotint.data.kept._SHARD", 1 << 14)  # eight views
     data, place = opened(folder), tmp_path / "c"
     whole = build(data, stage, place)
     names = find_shards(place)
@@ -178,7 +178,7 @@ def test_a_damaged_shard_is_found_and_rebuilt(
 def test_whoever_is_stopped_goes_on(
     folder: Path, stage: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mezzotint.data.latents._SHARD", 1 << 12)  # two views
+    monkeypatch.setattr("mezzotint.data.kept._SHARD", 1 << 12)  # two views
 
     def stop(done: int, total: int) -> None:
         if done == 9:

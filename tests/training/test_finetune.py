@@ -11,14 +11,12 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import clip, kl, model
-from torch import Tensor, nn
+from torch import Tensor
 
 from mezzotint.checkpoints.adapters import AdapterSet
 from mezzotint.checkpoints.embeddings import load_embedding
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.lora import read_lora
-from mezzotint.checkpoints.pipelines import save_pipeline
 from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.data import open_data
 from mezzotint.device import select_precision
@@ -39,19 +37,6 @@ QUIET = Console(quiet=True)
 NOTO = {"kind": "emoji", "style": "noto", "subset": "demo-48", "resolution": 32}
 BOTH = ["unet", "conditioner"]
 TOKEN = {"word": "<ink>", "initial": "ab", "vectors": 3}
-
-
-@pytest.fixture(scope="module")
-def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of diffusers' with a CLIP text encoder; it predicts the noise."""
-    folder = tmp_path_factory.mktemp("clip") / "base"
-    torch.manual_seed(0)
-    untrained = model(clip(), kl(), size=(32, 32))
-    for parameter in untrained.unet.parameters():
-        if not parameter.any():  # an untrained UNet says nothing, and so learns nothing
-            nn.init.normal_(parameter, std=0.1)
-    save_pipeline(untrained, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

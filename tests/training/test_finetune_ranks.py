@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import clip, kl, model
-from torch import nn
 
-from mezzotint.checkpoints.pipelines import save_pipeline
 from mezzotint.config import to_yaml
 from mezzotint.training import verify
 
@@ -35,17 +32,12 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_two_processes_train_what_one_does(tiny, text_run, tmp_path):
-    torch.manual_seed(0)
-    untrained = model(clip(), kl(), size=(32, 32))
-    for parameter in untrained.unet.parameters():
-        if not parameter.any():  # an untrained UNet says nothing, and so learns nothing
-            nn.init.normal_(parameter, std=0.1)
-    save_pipeline(untrained, tmp_path / "clip")
+def test_two_processes_train_what_one_does(tiny, text_run, clip_base, tmp_path):
     token = {"word": "<ink>", "initial": "ab"}
     recipes = {
         "lora": tiny.finetune(text_run, **LORA, **EXACT),
-        "word": tiny.finetune(tmp_path / "clip", method="textual_inversion", token=token, **EXACT),
+        "word": tiny.finetune(clip_base, method="textual_inversion", token=token, **EXACT),
+        "texts": tiny.finetune(clip_base, caption_templates=["a cat", "a dog"], **EXACT),
     }
     for name, recipe in recipes.items():
         (tmp_path / f"{name}.yaml").write_text(to_yaml(recipe))
@@ -68,6 +60,9 @@ def test_two_processes_train_what_one_does(tiny, text_run, tmp_path):
         alone = losses(tiny.train(recipe, tmp_path / name))
         assert losses(tmp_path / "runs" / name) == pytest.approx(alone, rel=1e-9)
         assert len(set(alone)) == 5
+    for run in (tmp_path / "texts", tmp_path / "runs" / "texts"):
+        told = (run / "log.txt").read_text()
+        assert "3 captions encoded, 0 found in the cache" in told, told
 
 
 def test_verify_resume_knows_fine_tuning(tiny, text_run, tmp_path, monkeypatch):

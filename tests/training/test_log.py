@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mezzotint.errors import TrainingError
 from mezzotint.training.log import RunLog
 
 QUIET = Console(quiet=True)
@@ -84,3 +85,9 @@ def test_a_tracker_goes_on_with_the_same_run(tmp_path, monkeypatch):
     first, again, other = (given["id"] for given in begins)
     assert first == again != other
     assert {given["resume"] for given in begins} == {"allow"}
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    with pytest.raises(TrainingError, match="pip install wandb, or leave run.wandb out"):
+        tiny.train(tiny.autoencoder(run={"wandb": "emoji"}), tmp_path / "run")

@@ -1,6 +1,6 @@
 """What a diffusion model is told, as one value: the paper's switch (section 3.3, figure 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -138,6 +138,9 @@ class ConditionInputs:
         count: The number of samples, B.
         captions: One text a sample.
         text: How the captions are read.
+        tokens: ``(M, d)`` of every caption that may stand there and of the empty one, where a text
+            encoder that stays as it is gave them before, reading as ``text`` says; then it is not
+            asked again.
         labels: One class index a sample.
         layouts: The boxes of each sample.
         maps: ``(B, H, W)`` integer class of every pixel.
@@ -150,6 +153,7 @@ class ConditionInputs:
     count: int
     captions: Sequence[str] | None = None
     text: TextOptions = TextOptions()
+    tokens: Mapping[str, Tensor] | None = None
     labels: Sequence[int] | None = None
     layouts: Sequence[Sequence[Box]] | None = None
     maps: Tensor | None = None
@@ -217,6 +221,20 @@ class Conditioner(nn.Module):
         if drop is None:
             return captions
         return ["" if dropped else text for text, dropped in zip(captions, drop, strict=True)]
+
+    def known(
+        self, captions: Sequence[str], tokens: Mapping[str, Tensor], like: Tensor
+    ) -> Conditioning:
+        """Return the condition of captions whose tokens are known.
+
+        Args:
+            captions: Of a batch.
+            tokens: ``(M, d)`` of each.
+            like: Of the device and the type that are wanted, such as a weight.
+        """
+        rows = (tokens[caption].to(like.device, like.dtype)[None] for caption in captions)
+        first, *others = (Conditioning(crossattn=row) for row in rows)
+        return first.cat(*others)
 
 
 class Unconditional(Conditioner):

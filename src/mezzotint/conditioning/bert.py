@@ -169,6 +169,8 @@ class BertTextConditioner(Conditioner):
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
         """Condition on ``inputs.captions``; see `Conditioner.forward`."""
         captions = self.captions(inputs, drop)
+        if inputs.tokens is not None:
+            return self.known(captions, inputs.tokens, self.model.embed_tokens.weight)
         ids = self.tokenize(captions).to(self.model.embed_tokens.weight.device)
         return Conditioning(crossattn=self.model(ids))
 

@@ -282,6 +282,9 @@ class ClipConditioner(Conditioner):
     def forward(self, inputs: ConditionInputs, drop: Tensor | None = None) -> Conditioning:
         """Condition on ``inputs.captions``; see `Conditioner.forward`."""
         captions = self.captions(inputs, drop)
+        if inputs.tokens is not None:
+            weight = cast(Any, self.text_model).final_layer_norm.weight
+            return self.known(captions, inputs.tokens, weight)
         layer = self._layer(inputs.text.clip_skip)
         cut = [self.chunks(caption, inputs.text.emphasis) for caption in captions]
         tokens = self._encode([chunk for chunks in cut for chunk in chunks], inputs.text, layer)

@@ -1,6 +1,6 @@
 """What a data set gives: one example by its index, or by its position in a stream."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mezzotint.conditioning.base import Box
 
-__all__ = ["ContentAddressed", "Description", "Example", "Fault", "ImageData"]
+__all__ = ["ContentAddressed", "Description", "Example", "Fault", "ImageData", "ListsCaptions"]
 __all__ += ["StreamData"]
 
 
@@ -102,6 +102,19 @@ class ContentAddressed(Protocol):
 
     def content(self, index: int) -> str:
         """Return a hash of all that the pixels of an image's views depend on, but for a generator.
+
+        Args:
+            index: From 0 to ``len - 1``.
+        """
+        ...
+
+
+@runtime_checkable
+class ListsCaptions(Protocol):
+    """A data set that knows all that it may say of each picture."""
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """Return every caption that `ImageData.describe` may give, whatever the generator.
 
         Args:
             index: From 0 to ``len - 1``.

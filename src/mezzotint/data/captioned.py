@@ -226,6 +226,10 @@ class CaptionedImages:
             torch.rand(3, generator=generator)  # the view's
         return Description(_choose(captions, generator), self._labels[index])
 
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """Return every caption of an image; see `mezzotint.data.base.ListsCaptions`."""
+        return self._entries[index].captions
+
     def bucket(self, index: int) -> int:
         """Return the index in ``bucket_sizes`` of the bucket that an image is seen in."""
         return nearest_bucket(*self._files.sizes[index], self.bucket_sizes)

@@ -148,6 +148,10 @@ class CocoData:
         view, caption = self._choose(index, generator)
         return Description(caption, None, boxes=self._seen(index, view))
 
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """Return every caption of an image; see `mezzotint.data.base.ListsCaptions`."""
+        return tuple(self._pictures[index].captions)
+
     def content(self, index: int) -> str:
         """Return a hash of the image's bytes and of its view; see `ContentAddressed`."""
         return self._files.content(

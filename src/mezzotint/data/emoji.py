@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mezzotint.config import Config
 from mezzotint.data.base import Description, Example, Fault
-from mezzotint.data.wording import DEFAULT_TEMPLATES, check_template, fill_template
+from mezzotint.data.wording import DEFAULT_TEMPLATES, check_template, fill_template, unsaid
 from mezzotint.errors import ConfigError, DataError, nearest
 
 __all__ = [
@@ -309,6 +309,13 @@ class EmojiData:
         chance: list[float] = torch.rand(4, generator=generator).tolist()
         return Description(self._caption(concept, chance), self._labels[index])
 
+    def captions_of(self, index: int) -> list[str]:
+        """Return every caption of an emoji; see `mezzotint.data.base.ListsCaptions`."""
+        concept, config = self.concepts[index], self.config
+        plain = [fill_template(each, concept.caption) for each in config.caption_templates]
+        tags = unsaid(concept.tags, concept.caption) if config.tag_probability else []
+        return [concept.caption, *plain, *(f"{text}, {tag}" for text in plain for tag in tags)]
+
     def _picture(self, index: int) -> Image.Image:
         if index not in self._decoded:
             self._decoded[index] = _decode(self.concepts[index], self.config.style)
@@ -347,7 +354,7 @@ class EmojiData:
     def _caption(self, concept: Concept, chance: Sequence[float]) -> str:
         templates = self.config.caption_templates
         text = fill_template(templates[int(chance[0] * len(templates))], concept.caption)
-        tags = [tag for tag in concept.tags if tag not in concept.caption.lower()]
+        tags = unsaid(concept.tags, concept.caption)
         if tags and chance[1] < self.config.tag_probability:
             text = f"{text}, {tags[int(chance[2] * len(tags))]}"
         return text

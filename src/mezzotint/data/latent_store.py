@@ -1,4 +1,4 @@
-"""A folder of encoded images, each under the hash of what it was made from.
+"""A folder of encoded images and texts, each under the hash of what it was made from.
 
 A shard is a safetensors file of some tens of MiB whose tensors are named by their keys; its
 metadata hold the SHA-256 of everything after the header. It is written to a temporary name, synced
@@ -20,6 +20,8 @@ from mezzotint.errors import CheckpointError
 from mezzotint.storage.safetensors_file import Entry, read_header, write_safetensors
 
 __all__ = [
+    "LATENTS",
+    "TEXTS",
     "LatentShard",
     "Place",
     "find_shards",
@@ -29,7 +31,7 @@ __all__ = [
     "write_shard",
 ]
 
-_PREFIX = "latents-"
+LATENTS, TEXTS = "latents-", "texts-"  # what the names of shards begin with
 _CHUNK = 1 << 20
 _OLD = 3600.0  # seconds after which nobody is still writing a file
 
@@ -64,9 +66,9 @@ class LatentShard:
         return content.view(place.dtype).view(place.shape)
 
 
-def find_shards(folder: Path) -> list[str]:
+def find_shards(folder: Path, prefix: str = LATENTS) -> list[str]:
     """Return the names of the shards of a folder, which need not exist."""
-    return sorted(path.name for path in folder.glob(f"{_PREFIX}*.safetensors"))
+    return sorted(path.name for path in folder.glob(f"{prefix}*.safetensors"))
 
 
 def read_shard(path: Path) -> LatentShard:
@@ -102,12 +104,13 @@ def verify_shard(path: Path) -> str | None:
     return None
 
 
-def write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+def write_shard(folder: Path, tensors: Mapping[str, Tensor], prefix: str = LATENTS) -> Path:
     """Write a shard, whole or not at all.
 
     Args:
         folder: Is made if it isn't there.
         tensors: By their keys, all of one type.
+        prefix: What its name begins with.
 
     Raises:
         OSError: If it cannot be written.
@@ -116,7 +119,7 @@ def write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.contiguous().numpy().tobytes())
     name = hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest()[:24]
-    path = folder / f"{_PREFIX}{name}.safetensors"
+    path = folder / f"{prefix}{name}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     entries: list[Entry] = [
@@ -133,8 +136,8 @@ def write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def remove_remains(folder: Path) -> None:
+def remove_remains(folder: Path, prefix: str = LATENTS) -> None:
     """Delete what processes that were killed have left half written."""
-    for path in folder.glob(f"{_PREFIX}*.tmp"):
+    for path in folder.glob(f"{prefix}*.tmp"):
         if time.time() - path.stat().st_mtime > _OLD:
             path.unlink(missing_ok=True)

@@ -1,30 +1,19 @@
 """Latents of a data set, encoded once and kept, each under what it was made from."""
 
-import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mezzotint.data.base import ContentAddressed, Example, ImageData
-from mezzotint.data.latent_store import (
-    LatentShard,
-    Place,
-    find_shards,
-    read_shard,
-    remove_remains,
-    verify_shard,
-    write_shard,
-)
-from mezzotint.errors import CheckpointError, DataError
+from mezzotint.data.kept import CacheReport, KeptTensors, Peers, keep_tensors
+from mezzotint.data.latent_store import LATENTS
 from mezzotint.latent_diffusion import (
     FirstStage,
     LatentNormalization,
@@ -33,63 +22,16 @@ from mezzotint.latent_diffusion import (
 )
 from mezzotint.rng import keyed_generator
 
-__all__ = ["CacheReport", "LatentCache", "Peers", "build_latent_cache", "load_view"]
-
-T = TypeVar("T")
+__all__ = ["LatentCache", "build_latent_cache", "load_view"]
 
 _BATCH = 32
-_SHARD = 64 << 20  # bytes; as much is lost at most by whoever is stopped
-
-
-class Peers(Protocol):
-    """The processes that build a cache together."""
-
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-        ...
-
-    @property
-    def world(self) -> int:
-        """How many there are."""
-        ...
-
-    def gather_values(self, value: T) -> list[T]:
-        """Return every process's value, in the order of ranks."""
-        ...
-
-
-class _Alone:
-    rank = 0
-    world = 1
-
-    def gather_values(self, value: T) -> list[T]:
-        return [value]
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What became of a cache when it was opened.
-
-    Attributes:
-        kept: Views whose latents were there.
-        encoded: Views that were encoded, by all processes.
-        damaged: What was wrong with shards; what they held was encoded anew.
-        unused: Latents in the folder that these data don't use.
-    """
-
-    kept: int
-    encoded: int
-    damaged: list[str] = field(default_factory=list[str])
-    unused: int = 0
 
 
 class LatentCache:
     """Moments of every image under several augmentations, mapped from the disk.
 
     Args:
-        shards: Hold them.
-        keys: Of every view of every image, image by image.
+        kept: Of every view of every image, image by image.
         views: How many views K an image has; 0 is the plain one.
         report: What became of the cache.
 
@@ -98,38 +40,13 @@ class LatentCache:
         unused: The shards that hold nothing of these data.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[LatentShard],
-        keys: Sequence[str],
-        views: int,
-        report: CacheReport,
-    ) -> None:
+    def __init__(self, kept: KeptTensors, views: int, report: CacheReport) -> None:
         self.views, self.report = views, report
-        self.key = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
-        self._shards = shards
-        where = {key: number for number, shard in enumerate(shards) for key in shard.places}
-        missing = sum(key not in where for key in keys)
-        if missing:
-            raise DataError(
-                f"{missing:,} latents are not in the cache, though they were just written;"
-                " do the processes see one folder?"
-            )
-        # numbers and not names: there may be millions of views
-        self._numbers = np.array([where[key] for key in keys], np.int32)
-        places = [shards[where[key]].places[key] for key in keys]
-        self._starts = np.array([place.start for place in places], np.int64)
-        kinds = {(place.dtype, place.shape): number for number, place in enumerate(places)}
-        self._kinds = [*kinds]
-        numbers = {kind: number for number, kind in enumerate(self._kinds)}
-        self._kind = np.array([numbers[place.dtype, place.shape] for place in places], np.int32)
-        used = set(self._numbers.tolist())
-        self.unused = [shard.path for number, shard in enumerate(shards) if number not in used]
-        for shard in shards:
-            shard.places = {}
+        self.key, self.unused = kept.key, kept.unused
+        self._kept = kept
 
     def __len__(self) -> int:
-        return len(self._starts) // self.views
+        return len(self._kept) // self.views
 
     def moments(self, index: int, view: int) -> Tensor:
         """Return ``(C', h, w)`` float32 on the CPU, as `encode_moments` gave it.
@@ -138,10 +55,7 @@ class LatentCache:
             index: Of the image.
             view: From 0 to K - 1.
         """
-        place = index * self.views + view
-        dtype, shape = self._kinds[self._kind[place]]
-        shard = self._shards[self._numbers[place]]
-        return shard.read(Place(int(self._starts[place]), dtype, shape)).float()
+        return self._kept.read(index * self.views + view)
 
 
 @torch.inference_mode()
@@ -186,31 +100,18 @@ def build_latent_cache(
         DataError: If a moment is beyond what float16 can hold.
         OSError: If the folder cannot be written.
     """
-    peers = peers or _Alone()
     keys = _keys(data, variants, seed, _stage_key(first_stage, normalization, dtype))
-    damaged = _drop_damaged(folder, peers)
-    shards = _open(folder, peers)
-    there = {key for shard in shards for key in shard.places}
-    missing = {key: place for place, key in enumerate(keys) if key not in there}
-    own = list(missing.items())[peers.rank :: peers.world]
 
     def load(place: int) -> Example:
         return load_view(data, place // variants, place % variants, seed)
 
-    written: dict[str, Tensor] = {}
-    size = 0
-    for done, (key, moments) in enumerate(_encode(own, load, first_stage, device), start=1):
-        written[key] = _narrowed(moments, dtype)
-        size += written[key].nbytes
-        if size >= _SHARD or done == len(own):
-            write_shard(folder, written)
-            written, size = {}, 0
-        if on_progress is not None:
-            on_progress(done, len(own))
-    peers.gather_values(None)  # until all have written
-    unused = len(there - set(keys))
-    report = CacheReport(len(set(keys)) - len(missing), len(missing), damaged, unused)
-    return LatentCache(_open(folder, peers), keys, variants, report)
+    def make(views: Sequence[tuple[str, int]]) -> Iterator[tuple[str, Tensor]]:
+        return _encode(views, load, first_stage, device)
+
+    kept, report = keep_tensors(
+        folder, LATENTS, keys, make, dtype=dtype, peers=peers, on_progress=on_progress
+    )
+    return LatentCache(kept, variants, report)
 
 
 def load_view(data: ImageData, index: int, view: int, seed: int) -> Example:
@@ -254,29 +155,6 @@ def _stage_key(
     return f"{shape} {fingerprint(tensors)} {dtype}"
 
 
-def _drop_damaged(folder: Path, peers: Peers) -> list[str]:
-    """Delete the shards that are damaged; every process reads its part of them."""
-    names = peers.gather_values(find_shards(folder))[0]
-    own = {name: verify_shard(folder / name) for name in names[peers.rank :: peers.world]}
-    told = {name: fault for part in peers.gather_values(own) for name, fault in part.items()}
-    damaged = {name: fault for name, fault in told.items() if fault is not None}
-    if peers.rank == 0:
-        remove_remains(folder)
-        for name in damaged:
-            (folder / name).unlink(missing_ok=True)
-    peers.gather_values(None)  # until they are gone
-    return [damaged[name] for name in sorted(damaged)]
-
-
-def _open(folder: Path, peers: Peers) -> list[LatentShard]:
-    """Open all shards; those that other processes of another run write or delete are their own."""
-    shards: list[LatentShard] = []
-    for name in peers.gather_values(find_shards(folder))[0]:
-        with contextlib.suppress(CheckpointError):
-            shards.append(read_shard(folder / name))
-    return shards
-
-
 def _encode(
     views: Sequence[tuple[str, int]],
     load: Callable[[int], Example],
@@ -315,13 +193,3 @@ def _ahead(
             coming = [(key, pool.submit(load, place)) for key, place in part]
             for key, future in ready:
                 yield key, future.result()
-
-
-def _narrowed(moments: Tensor, dtype: torch.dtype) -> Tensor:
-    turned = moments.to(dtype)
-    if not bool(turned.isfinite().all()) and bool(moments.isfinite().all()):
-        raise DataError(
-            f"a moment of {float(moments.abs().max()):,.0f} is beyond what float16 holds; set"
-            " latent_precision: float32"
-        )
-    return turned

@@ -21,6 +21,7 @@ __all__ = [
     "SceneObject",
     "apart",
     "caption_of",
+    "captions_of",
     "is_reserved",
     "overlap",
     "relation_of",
@@ -138,10 +139,19 @@ def caption_of(scene: Scene, generator: torch.Generator | None = None) -> str:
         generator: Chooses among sentences that are all true: which of the two is named first, and
             whether a single object's background is named, as it is without one.
     """
-    swapped, grounded = False, True
-    if generator is not None:
-        chance = Chance(generator)
-        swapped, grounded = chance.happens(0.5), chance.happens(0.5)
+    if generator is None:
+        return _worded(scene, False, True)
+    chance = Chance(generator)
+    return _worded(scene, chance.happens(0.5), chance.happens(0.5))
+
+
+def captions_of(scene: Scene) -> list[str]:
+    """Return the sentences that `caption_of` chooses among."""
+    both = (False, True)
+    return sorted({_worded(scene, swapped, grounded) for swapped in both for grounded in both})
+
+
+def _worded(scene: Scene, swapped: bool, grounded: bool) -> str:
     names = [with_article(thing.concept.caption) for thing in scene.objects]
     if len(names) == 1:
         return f"{names[0]} on {scene.background.caption}" if grounded else names[0]

@@ -22,6 +22,7 @@ from mezzotint.data.scene_layout import (
     SceneObject,
     apart,
     caption_of,
+    captions_of,
     is_reserved,
     overlap,
     relation_of,
@@ -214,6 +215,10 @@ class ScenesData:
             boxes=scene.boxes,
             map=self._map(scene) if with_map else None,
         )
+
+    def captions_of(self, index: int) -> list[str]:
+        """Return every caption of a scene; see `mezzotint.data.base.ListsCaptions`."""
+        return captions_of(self.scene(index))
 
     def scene(self, index: int) -> Scene:
         """Return how a scene is composed.

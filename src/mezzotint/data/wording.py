@@ -2,8 +2,9 @@
 
 import re
 import string
+from collections.abc import Iterable
 
-__all__ = ["DEFAULT_TEMPLATES", "check_template", "fill_template", "with_article"]
+__all__ = ["DEFAULT_TEMPLATES", "check_template", "fill_template", "unsaid", "with_article"]
 
 DEFAULT_TEMPLATES = (
     "{caption}",
@@ -62,6 +63,16 @@ def fill_template(template: str, caption: str) -> str:
     """
     template = _ARTICLE.sub("{counted}", template)
     return template.format(caption=caption, counted=with_article(caption))
+
+
+def unsaid(tags: Iterable[str], caption: str) -> list[str]:
+    """Return the tags that a caption doesn't hold.
+
+    Example:
+        >>> unsaid(["fruit", "red"], "Red apple")
+        ['fruit']
+    """
+    return [tag for tag in tags if tag not in caption.lower()]
 
 
 def check_template(template: str) -> None:

@@ -1,6 +1,6 @@
 """What a batch is told while it is trained on: from a data set to what the conditioner reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -65,6 +65,7 @@ class ConditionMaker:
         seed: Keys the views of cached latents; see `mezzotint.data.latents.load_view`.
         degradation: How small pictures are made, for super-resolution.
         masks: What is to be drawn anew, for inpainting.
+        tokens: Of all captions, if a frozen text encoder was asked before.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class ConditionMaker:
         seed: int,
         degradation: DegradationConfig,
         masks: MaskConfig,
+        tokens: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model, self.data = model, data
+        self.model, self.data, self.tokens = model, data, tokens
         self.degradation, self.masks = degradation, masks
         self.wants, self.wants_concat = model.conditioner.wants, model.conditioner.wants_concat
         self.needs_picture = self.wants_concat in ("low_res", "inpainting")
@@ -160,6 +162,7 @@ class ConditionMaker:
         return ConditionInputs(
             count=len(told),
             captions=_all([t.caption for t in told]),
+            tokens=self.tokens,
             labels=_all([t.label for t in told]),
             layouts=_all([t.boxes for t in told]),
             maps=maps,

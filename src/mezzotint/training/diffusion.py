@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.spatial import HybridConditioner
+from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.times import draw_time
@@ -108,6 +108,7 @@ class DiffusionTask:
         base: What identifies the model that is trained further, if it is trained already.
         order: In which the data are seen; by default that which their configuration asks for.
         pairs: The order of samples, of which each has its like beside it, in place of that.
+        tokens: Of all captions that the data can say, if the text encoder is not trained.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class DiffusionTask:
         base: str | None = None,
         order: LeavingOut | None = None,
         pairs: Pairs | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe, self.data, self.cache, self.execution = recipe, data, cache, execution
         self.ranks, self.pairs = ranks, pairs
@@ -142,6 +144,9 @@ class DiffusionTask:
             shard(self.model)
         chosen = choose(self.model) if choose is not None else _jointly(self.model, recipe)
         self.trained, self.write = chosen.module, chosen.export
+        if tokens is not None:
+            reader = main_conditioner(model.conditioner)
+            assert not any(p.requires_grad for p in reader.parameters()), "its tokens would move"
         groups = [{"params": list(parameters), "lr": rate} for parameters, rate in chosen.groups]
         self.optimizer = build_optimizer(groups, recipe.optimizer)
         average = recipe.average
@@ -157,6 +162,7 @@ class DiffusionTask:
             seed=recipe.seed,
             degradation=recipe.degradation,
             masks=recipe.masks,
+            tokens=tokens,
         )
         self.loss = Parallel(
             DiffusionLoss(self.model, self.trained, recipe, execution),

@@ -13,6 +13,7 @@ from mezzotint.checkpoints.model import CLASS, save_model
 from mezzotint.checkpoints.pipelines import save_pipeline
 from mezzotint.checkpoints.registry import INDEX, resolve_model
 from mezzotint.conditioning.base import Conditioner
+from mezzotint.conditioning.bert import BertTextConditioner
 from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.layout import LayoutConditioner
@@ -25,10 +26,12 @@ from mezzotint.conditioning.spatial import (
 from mezzotint.data import ShardStream
 from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
+from mezzotint.data.texts import TextCache, all_captions
 from mezzotint.device import Execution
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.training.batches import DataOrder
+from mezzotint.training.caching import cache_sentences, open_text_cache
 from mezzotint.training.conditions import check_degradation
 from mezzotint.training.diffusion import DiffusionTask, Trained
 from mezzotint.training.finetune_data import CaptionedData, Pairs, WithPrior
@@ -63,7 +66,7 @@ def finetune_task(
         folder: The run folder; pictures of prior preservation are kept in its ``prior``.
         execution: Device and precision.
         ranks: This process among the others of the run.
-        log: Where guesses are told.
+        log: Where guesses are told, and what became of the cache of texts.
         encode: Makes the cache of latents, or nothing.
 
     Raises:
@@ -96,9 +99,36 @@ def finetune_task(
     model.image_size = (side, side)
     first_stage = model.first_stage.to(execution.device)
     cache = encode(data, first_stage, model.normalization)
+    texts = _cached_texts(recipe, data, model.conditioner, folder, execution, ranks, log)
     choose = partial(_choose, recipe=recipe, defaults=loaded.defaults)
     task = partial(DiffusionTask, choose=choose, base=base, order=order, pairs=pairs)
-    return task(recipe, model, data, cache, execution, ranks)
+    return task(recipe, model, data, cache, execution, ranks, tokens=texts)
+
+
+def _cached_texts(
+    recipe: FinetuneRecipe,
+    data: ImageData,
+    conditioner: Conditioner,
+    folder: Path,
+    execution: Execution,
+    ranks: Ranks,
+    log: RunLog,
+) -> TextCache | None:
+    """Encode all that the data can say, if the text encoder stays as it is."""
+    main, most = main_conditioner(conditioner), recipe.cached_captions
+    trained = "conditioner" in recipe.components or recipe.method == "textual_inversion"
+    if trained or not most or not isinstance(main, ClipConditioner | BertTextConditioner):
+        return None
+    captions = all_captions(data, most)
+    if captions is None:
+        log.event(
+            f"the data can say more than cached_captions {most:,}: each batch encodes its captions"
+        )
+        return None
+    cache = open_text_cache(recipe, captions, main, folder, execution.device, ranks)
+    for sentence in cache_sentences(cache):
+        log.event(sentence)
+    return cache
 
 
 def _load(recipe: FinetuneRecipe) -> LoadedModel:

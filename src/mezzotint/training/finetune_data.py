@@ -11,7 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.data.base import ContentAddressed, Description, Example, Fault, ImageData
+from mezzotint.data.base import (
+    ContentAddressed,
+    Description,
+    Example,
+    Fault,
+    ImageData,
+    ListsCaptions,
+)
 from mezzotint.errors import DataError
 from mezzotint.training.batches import DataOrder
 from mezzotint.training.orders import Order
@@ -25,6 +32,7 @@ class _Around:
     data: ImageData
     # only where the data inside have it: then latents are found again whatever is said of pictures
     content: Callable[[int], str]
+    captions_of: Callable[[int], Sequence[str]]
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -60,6 +68,8 @@ class CaptionedData(_Around):
                 f"the images have no captions for {asked[0]!r}: give data.caption_column, or"
                 " caption_templates without {caption}"
             )
+        if isinstance(data, ListsCaptions) or not asked:
+            self.captions_of = self._captions_of
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +95,14 @@ class CaptionedData(_Around):
     def _caption(self, own: str | None, generator: torch.Generator | None) -> str:
         count = len(self.templates)
         chosen = 0 if generator is None else int(torch.randint(count, (1,), generator=generator))
-        return self.templates[chosen].format(caption=own or "", token=self.token)
+        return self._filled(self.templates[chosen], own or "")
+
+    def _captions_of(self, index: int) -> list[str]:
+        own = self.data.captions_of(index) if isinstance(self.data, ListsCaptions) else ()
+        return [self._filled(each, text) for each in self.templates for text in own or ("",)]
+
+    def _filled(self, template: str, own: str) -> str:
+        return template.format(caption=own, token=self.token)
 
 
 class WithPrior(_Around):
@@ -113,6 +130,9 @@ class WithPrior(_Around):
         if isinstance(data, ContentAddressed):
             inner, count = data.content, len(data)
             self.content = lambda k: inner(k) if k < count else contents[k - count]
+        if isinstance(data, ListsCaptions):
+            said, own = data.captions_of, len(data)
+            self.captions_of = lambda k: said(k) if k < own else (caption,)
 
     @property
     def fingerprint(self) -> str:

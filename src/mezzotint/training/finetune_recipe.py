@@ -147,6 +147,9 @@ class FinetuneRecipe(RecipeBase):
             encodes every batch anew.
         latent_cache: Folder where they are kept; ``latents/`` in the run folder if left out.
         latent_precision: In which they are kept: ``float32`` or, in half the space, ``float16``.
+        cached_captions: Most captions that a CLIP or BERT text encoder is asked for once, if it is
+            not trained; what it gives is kept beside the latents, likewise. 0, and data that can
+            say more, ask it anew in every batch.
         conditioner_learning_rate: The conditioner's; the UNet's if left out.
         guidance_scale: Of the sample grids drawn while training.
         sample_steps: Noise levels that they visit.
@@ -172,6 +175,7 @@ class FinetuneRecipe(RecipeBase):
     latent_variants: int = Field(default=1, ge=0)
     latent_cache: str | None = None
     latent_precision: Literal["float32", "float16"] = "float32"
+    cached_captions: int = Field(default=10_000, ge=0)
     conditioner_learning_rate: float | None = Field(default=None, gt=0)
     guidance_scale: float = Field(default=3.0, ge=0)
     sample_steps: Annotated[int, Field(ge=1)] = 25
