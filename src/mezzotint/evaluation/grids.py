@@ -21,6 +21,7 @@ __all__ = [
     "interpolation_strip",
     "labelled_rows",
     "reconstruction_grid",
+    "under",
 ]
 
 _MARGIN = 4
@@ -97,6 +98,15 @@ def labelled_rows(
         for k, image in enumerate(images):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + k * (width + _MARGIN), y))
+    return sheet
+
+
+def under(above: Image.Image, below: Image.Image) -> Image.Image:
+    """Put a sheet under another, their right edges in one line."""
+    width, gap = max(above.width, below.width), 4 * _MARGIN
+    sheet = Image.new("RGB", (width, above.height + gap + below.height), "white")
+    sheet.paste(above, (width - above.width, 0))
+    sheet.paste(below, (width - below.width, above.height + gap))
     return sheet
 
 

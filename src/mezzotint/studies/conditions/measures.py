@@ -80,11 +80,14 @@ class Measure:
         name: What it is called.
         of: Gives it.
         null: Which part of the condition is taken away for comparison.
+        hides: Whether the object is hidden in the picture that is told: what is told in words must
+            not be seen.
     """
 
     name: str
     of: Callable[[Tensor, Asked, Judges], float]
     null: Part = "main"
+    hides: bool = False
 
 
 def _class_accuracy(images: Tensor, asked: Asked, judges: Judges) -> float:
@@ -139,7 +142,7 @@ MEASURES: Mapping[str, tuple[Measure, ...]] = {
     "super-resolution": (Measure("perceptual distance", _distance, "spatial"),),
     "inpainting": (Measure("perceptual distance", _distance, "spatial"),),
     "hybrid": (
-        Measure("text: class accuracy", _class_accuracy, "main"),
+        Measure("text: class accuracy", _class_accuracy, "main", hides=True),
         Measure("picture: perceptual distance", _distance, "spatial"),
     ),
 }
@@ -176,6 +179,7 @@ def further_numbers(
         filled = diffusion_fill(asked.images, masks)
         changed = (images - asked.images).abs().masked_fill(masks, 0.0).max()
         return {
+            "perceptual distance": _distance(images, asked),
             "perceptual distance of diffusion fill": _distance(filled, asked),
             "largest change outside the mask (of 255)": round(float(changed) * 127.5, 3),
         }

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mezzotint.conditioning.spatial import main_conditioner, spatial_conditioner
 from mezzotint.data.base import Example
 from mezzotint.device import select_device, select_precision
 from mezzotint.errors import ConfigError, nearest
-from mezzotint.evaluation.grids import labelled_rows
+from mezzotint.evaluation.grids import labelled_rows, under
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.inputs import InputPictures, to_pixels
 from mezzotint.generation.pipeline import Pipeline
@@ -110,6 +110,21 @@ def run_conditions_study(
                 runner.condition(name)
 
 
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Pictures ``(N, 3, H, W)`` in -1..1.
+
+    Attributes:
+        images: Drawn under the condition.
+        plain: The same before they were brought into agreement with the condition.
+        nulls: Drawn without a part of the condition, by that part.
+    """
+
+    images: Tensor
+    plain: Tensor
+    nulls: Mapping[str, Tensor]
+
+
 class _Runner:
     """Trains and measures single models of the study."""
 
@@ -143,15 +158,21 @@ class _Runner:
         recipe = load_recipe(name_of_recipe)
         assert isinstance(recipe, DiffusionRecipe)
         pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
-        asked = _ask(pipeline, recipe, name, self.pictures)
-        corrections = BACK_PROJECTION if name == "super-resolution" else 0
-        plain = _draw(pipeline, asked, recipe.guidance_scale)
-        drawn = _draw(pipeline, asked, recipe.guidance_scale, corrections) if corrections else plain
-        nulls: dict[str, Tensor] = {}
-        for part in dict.fromkeys(measure.null for measure in MEASURES[name]):
-            with nulled(pipeline.model.conditioner, part):
-                nulls[part] = _draw(pipeline, asked, recipe.guidance_scale)
-        gaps = [self._gap(m, drawn, nulls[m.null], asked) for m in MEASURES[name]]
+        shown: Image.Image | None = None
+        gaps: list[MeasuredGap] = []
+        further: dict[str, float] = {}
+        # two kinds of question are asked of a model that is told two things
+        for hides in dict.fromkeys(measure.hides for measure in MEASURES[name]):
+            measures = [measure for measure in MEASURES[name] if measure.hides == hides]
+            asked = _ask(pipeline, recipe, name, self.pictures, hides=hides)
+            drawn = self._drawn(pipeline, recipe, name, asked, measures)
+            gaps += [self._gap(m, drawn.images, drawn.nulls[m.null], asked) for m in measures]
+            where = ", the object hidden" if hides else ""
+            numbers = further_numbers(name, drawn.images, drawn.plain, asked)
+            further |= {f"{key}{where}": value for key, value in numbers.items()}
+            sheet = _sheet(asked, drawn, pipeline)
+            shown = sheet if shown is None else under(shown, sheet)
+        assert shown is not None, "there are measures of every condition"
         last = read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
         model = pipeline.model
         result = ConditionResult(
@@ -162,14 +183,34 @@ class _Runner:
             ),
             steps=last.step,
             minutes=float(last.values["seconds"]) / 60,
-            pictures=len(drawn),
+            pictures=self.pictures,
             gaps=tuple(gaps),
-            further=further_numbers(name, drawn, plain, asked),
+            further=further,
             machine=this_machine(self.execution),
         )
         self.output.mkdir(parents=True, exist_ok=True)
-        _sheet(asked, drawn, nulls, pipeline).save(self.output / f"{name}.png")
+        shown.save(self.output / f"{name}.png")
         write_result(self.output / f"{name}.json", result)
+
+    def _drawn(
+        self,
+        pipeline: Pipeline,
+        recipe: DiffusionRecipe,
+        name: str,
+        asked: Asked,
+        measures: Sequence[Measure],
+    ) -> _Drawn:
+        """Draw under the condition, and without each part of it that is taken away."""
+        corrections = BACK_PROJECTION if name == "super-resolution" else 0
+        plain = _draw(pipeline, asked, recipe.guidance_scale)
+        images = plain
+        if corrections:
+            images = _draw(pipeline, asked, recipe.guidance_scale, corrections)
+        nulls: dict[str, Tensor] = {}
+        for part in dict.fromkeys(measure.null for measure in measures):
+            with nulled(pipeline.model.conditioner, part):
+                nulls[part] = _draw(pipeline, asked, recipe.guidance_scale)
+        return _Drawn(images, plain, nulls)
 
     def guided(self) -> None:
         """Train an unconditional model if that is not done, and lead it."""
@@ -233,7 +274,9 @@ def nulled(conditioner: Conditioner, part: str) -> Generator[None]:
         handle.remove()
 
 
-def _ask(pipeline: Pipeline, recipe: DiffusionRecipe, name: str, count: int) -> Asked:
+def _ask(
+    pipeline: Pipeline, recipe: DiffusionRecipe, name: str, count: int, *, hides: bool
+) -> Asked:
     """Take held-out compositions as conditions."""
     data = scenes_of(CONDITIONS[name], "validation", count)
     maker = ConditionMaker(
@@ -245,7 +288,7 @@ def _ask(pipeline: Pipeline, recipe: DiffusionRecipe, name: str, count: int) -> 
     )
     examples = [data.load(k) for k in range(count)]
     told = [maker.of_example(e, keyed_generator(SEED, k)) for k, e in enumerate(examples)]
-    if name == "hybrid":  # what is told in words must not be seen
+    if hides:
         told = [_hide(t, e) for t, e in zip(told, examples, strict=True)]
     return Asked(examples, told)
 
@@ -283,21 +326,20 @@ def _draw(
     return torch.stack([to_pixels(item.image) for item in drawn])
 
 
-def _sheet(
-    asked: Asked, drawn: Tensor, nulls: Mapping[str, Tensor], pipeline: Pipeline
-) -> Image.Image:
+def _sheet(asked: Asked, drawn: _Drawn, pipeline: Pipeline) -> Image.Image:
     """Conditions, what was drawn of them, what without them, and the real pictures."""
     shown = slice(0, _SHOWN)
-    size = drawn.shape[-1] * 2
+    size = drawn.images.shape[-1] * 2
     names = pipeline.model.conditioner.settings().get("class_names", ())
     rows: dict[str, list[Image.Image]] = {}
     conditions = [condition_picture(told, (size, size), names) for told in asked.told[shown]]
     pictured = [picture for picture in conditions if picture is not None]
     if pictured:
         rows["condition"] = pictured
-    rows["drawn"] = _images(drawn[shown], size)
-    for part, images in nulls.items():
-        rows[_WITHOUT[part] if len(nulls) > 1 else "without"] = _images(images[shown], size)
+    rows["drawn"] = _images(drawn.images[shown], size)
+    for part, images in drawn.nulls.items():
+        two = pipeline.model.conditioner.wants and pipeline.model.conditioner.wants_concat
+        rows[_WITHOUT[part] if two else "without"] = _images(images[shown], size)
     rows["real"] = _images(asked.images[shown], size)
     headings = [told.caption or "" for told in asked.told[shown]]
     if asked.told[0].label is not None:
