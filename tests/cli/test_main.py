@@ -54,6 +54,7 @@ SURFACE = {
         "--image",
         "--low-res",
         "--mask",
+        "--poisson-blending",
         "--strength",
         "--padding",
         "--map",

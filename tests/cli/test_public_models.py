@@ -241,6 +241,26 @@ def test_back_projection_brings_a_picture_into_agreement(models: Path) -> None:
     assert again.stdout.splitlines()[1] == "the same, bit for bit"
 
 
+def test_blending_meets_the_surroundings(models: Path) -> None:
+    """The step across the mask's border is smaller, what is kept is kept, a replay the same."""
+    image, mask = picture("smooth.png", (64, 64)), "hole.png"
+    Image.new("RGB", (64, 64), (200, 60, 90)).save(image)
+    hole = Image.new("L", (64, 64), 0)
+    hole.paste(255, (16, 16, 48, 48))
+    hole.save(mask)
+    asked = ["sample", models / "sd1.safetensors", "a cat", "--image", image, "--mask", mask]
+    steps: list[float] = []
+    for name, more in (("plain", []), ("blended", ["--poisson-blending"])):
+        done = mezzotint(*asked, *SMALL, *more, "-o", f"{name}.png")
+        assert done.exit_code == 0, done.output
+        drawn = pixels(f"{name}.png").astype(int)
+        assert (drawn[:16] == (200, 60, 90)).all()
+        steps.append(float(np.abs(drawn[16, 16:48] - drawn[15, 16:48]).mean()))
+    assert steps[1] < 0.7 * steps[0]
+    again = mezzotint("replay", "blended.png", "-o", "again.png")
+    assert again.stdout.splitlines()[1] == "the same, bit for bit"
+
+
 def test_other_conditions_go_in(models: Path) -> None:
     small = picture("small.png", (16, 16))
     done = mezzotint(

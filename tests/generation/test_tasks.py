@@ -219,6 +219,7 @@ def test_the_request_alone_finds_its_files(pipeline: Pipeline, tmp_path: Path) -
         ({"tiling": True, "tiled_sampling": True}, "exclude each other"),
         ({"variation_strength": 0.5}, "need one another"),
         ({"back_projection": 2}, "back_projection: not for the task 'image-to-image'"),
+        ({"poisson_blending": True}, "poisson_blending: not for the task 'image-to-image'"),
         ({"class_label": "fruit"}, "wants a prompt, but was given a class"),
         ({"semantic_map": Image.new("L", (32, 32))}, "semantic_map: not for the task"),
     ],

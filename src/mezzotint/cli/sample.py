@@ -122,6 +122,14 @@ def sample(
         Path | None,
         typer.Option(help="White where to draw, black where to keep.", rich_help_panel=_PICTURE),
     ] = None,
+    poisson_blending: Annotated[
+        bool | None,
+        typer.Option(
+            "--poisson-blending",
+            help="Move the colours of what was drawn until they meet those around the mask.",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much to draw anew, 0 to 1.", rich_help_panel=_PICTURE)
     ] = None,
@@ -253,6 +261,7 @@ def sample(
         "tiled_sampling": tiled_sampling or None,
         "tiled_decoding": tiled_decoding or None,
         "back_projection": back_projection,
+        "poisson_blending": poisson_blending,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     asked = of_picture(from_, given) | given

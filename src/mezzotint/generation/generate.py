@@ -16,6 +16,7 @@ from mezzotint.device import precision_name, threads
 from mezzotint.diffusion.samplers import get_sampler
 from mezzotint.errors import RequestError
 from mezzotint.generation.adapters import adapters_of
+from mezzotint.generation.blending import blend_in
 from mezzotint.generation.canvas import back_project, lay_out
 from mezzotint.generation.guides import ImageEnergy, energy_of, refuse_unknown
 from mezzotint.generation.inputs import InputPictures
@@ -182,6 +183,9 @@ def _draw(
     if first.back_projection:
         assert canvas.low_res is not None, "the request says that it is for super-resolution"
         pixels = back_project(pixels.cpu(), canvas.low_res, first.back_projection)
+    if first.poisson_blending:
+        assert canvas.image is not None and canvas.mask is not None, "there is a mask"
+        pixels = blend_in(pixels.cpu().float(), canvas.image, canvas.mask)
     finished: Tensor = to_bytes(pixels)
     if first.high_res is None:
         finished = canvas.finish(finished)

@@ -69,6 +69,7 @@ class MoreFields(TypedDict, total=False):
     tiled_sampling: bool
     tiled_decoding: bool
     back_projection: int
+    poisson_blending: bool
 
 
 class Pipeline:

@@ -256,6 +256,8 @@ class GenerationRequest(Document):
             slight differences.
         back_projection: Of super-resolution: how often what the shrunk picture lacks of the small
             one is added to it (Irani and Peleg 1991), until the two agree.
+        poisson_blending: Of inpainting and outpainting: whether the colours of what was drawn are
+            moved until they meet those around the mask (Pérez et al. 2003).
         width: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
         height: Of the picture, in pixels; ``None`` is the model's own, or that of ``image``.
         model: The name or path that the model was loaded by.
@@ -296,6 +298,7 @@ class GenerationRequest(Document):
     tiled_sampling: bool = False
     tiled_decoding: bool = False
     back_projection: Annotated[int, Field(ge=0, le=100)] = 0
+    poisson_blending: bool = False
     width: Annotated[int, Field(ge=1, le=16384)] | None = None
     height: Annotated[int, Field(ge=1, le=16384)] | None = None
     model: str | None = None
@@ -369,6 +372,8 @@ class GenerationRequest(Document):
             raise ValueError(f"high_res: not for the task {self.task!r}, whose size is the image's")
         if self.back_projection and self.task != "super-resolution":
             raise ValueError(f"back_projection: not for the task {self.task!r}")
+        if self.poisson_blending and self.task not in ("inpainting", "outpainting"):
+            raise ValueError(f"poisson_blending: not for the task {self.task!r}")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if low >= high:

@@ -180,6 +180,7 @@ def further_numbers(
         changed = (images - asked.images).abs().masked_fill(masks, 0.0).max()
         return {
             "perceptual distance": _distance(images, asked),
+            "perceptual distance without blending": _distance(plain, asked),
             "perceptual distance of diffusion fill": _distance(filled, asked),
             "largest change outside the mask (of 255)": round(float(changed) * 127.5, 3),
         }

@@ -45,7 +45,12 @@ from mezzotint.training.run import load_recipe
 __all__ = ["CONDITIONS", "GUIDED", "run_conditions_study"]
 
 SEED, STEPS, BATCH = 1000, 25, 32
-BACK_PROJECTION = 8  # of super-resolution
+# what brings a picture into agreement with its condition, where something does
+AGREEMENT: Mapping[str, Mapping[str, Any]] = {
+    "super-resolution": {"back_projection": 8},
+    "inpainting": {"poisson_blending": True},
+    "hybrid": {"poisson_blending": True},
+}
 _SHOWN = 10  # columns of the sheet
 _WITHOUT = {"main": "without text", "spatial": "without picture"}
 _MARGIN = 0.03  # of the side, by which a mask goes beyond what it hides
@@ -201,11 +206,9 @@ class _Runner:
         measures: Sequence[Measure],
     ) -> _Drawn:
         """Draw under the condition, and without each part of it that is taken away."""
-        corrections = BACK_PROJECTION if name == "super-resolution" else 0
-        plain = _draw(pipeline, asked, recipe.guidance_scale)
-        images = plain
-        if corrections:
-            images = _draw(pipeline, asked, recipe.guidance_scale, corrections)
+        images = plain = _draw(pipeline, asked, recipe.guidance_scale)
+        if name in AGREEMENT:
+            images = _draw(pipeline, asked, recipe.guidance_scale, **AGREEMENT[name])
         nulls: dict[str, Tensor] = {}
         for part in dict.fromkeys(measure.null for measure in measures):
             with nulled(pipeline.model.conditioner, part):
@@ -306,9 +309,7 @@ def _hide(told: Told, example: Example) -> Told:
     return replace(told, mask=mask)
 
 
-def _draw(
-    pipeline: Pipeline, asked: Asked, guidance_scale: float, back_projection: int = 0
-) -> Tensor:
+def _draw(pipeline: Pipeline, asked: Asked, guidance_scale: float, **more: Any) -> Tensor:
     """Draw what is asked, ``(N, 3, H, W)`` in -1..1."""
     pictures = InputPictures()
     requests = [
@@ -318,7 +319,7 @@ def _draw(
             steps=STEPS,
             spacing="trailing",
             guidance_scale=guidance_scale,
-            back_projection=back_projection,
+            **more,
         )
         for k, told in enumerate(asked.told)
     ]
