@@ -242,7 +242,7 @@ def test_back_projection_brings_a_picture_into_agreement(models: Path) -> None:
 
 
 def test_blending_meets_the_surroundings(models: Path) -> None:
-    """The step across the mask's border is smaller, what is kept is kept, a replay the same."""
+    """Colours do not jump at the mask's border, what is kept is kept, a replay is the same."""
     image, mask = picture("smooth.png", (64, 64)), "hole.png"
     Image.new("RGB", (64, 64), (200, 60, 90)).save(image)
     hole = Image.new("L", (64, 64), 0)
@@ -255,8 +255,9 @@ def test_blending_meets_the_surroundings(models: Path) -> None:
         assert done.exit_code == 0, done.output
         drawn = pixels(f"{name}.png").astype(int)
         assert (drawn[:16] == (200, 60, 90)).all()
-        steps.append(float(np.abs(drawn[16, 16:48] - drawn[15, 16:48]).mean()))
-    assert steps[1] < 0.7 * steps[0]
+        tint = (drawn[16, 16:48] - drawn[15, 16:48]).mean(0)  # what random weights draw is noise
+        steps.append(float(np.abs(tint).mean()))
+    assert steps[1] < 0.7 * steps[0]  # what is beyond 0 to 255 is cut
     again = mezzotint("replay", "blended.png", "-o", "again.png")
     assert again.stdout.splitlines()[1] == "the same, bit for bit"
 
