@@ -298,6 +298,7 @@ class DiffusionRecipe(RecipeBase):
         conditioning: Shape of tau_theta, and what it concatenates to the noisy latent: ``text``,
             ``bert``, ``class`` or ``layout``; ``semantic_map``, ``low_res`` or ``inpainting``; one
             of each as ``hybrid``; or ``none``.
+        initial: A run or model whose weights it begins from; see `begin_from`.
         degradation: How the small pictures of ``low_res`` are made.
         masks: What ``inpainting`` is to draw anew.
         condition_dropout: Probability with which the condition is replaced by its null, for
@@ -321,6 +322,7 @@ class DiffusionRecipe(RecipeBase):
     first_stage: EncodedFirstStage
     unet: UNetConfig
     conditioning: ConditioningConfig = UnconditionalConfig()
+    initial: str | None = None
     degradation: DegradationConfig = DegradationConfig()
     masks: MaskConfig = MaskConfig()
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)

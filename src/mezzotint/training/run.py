@@ -32,6 +32,7 @@ from mezzotint.training.evaluations import Evaluations, Measurement
 from mezzotint.training.finetune import finetune_task
 from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
 from mezzotint.training.health import Health
+from mezzotint.training.initial import begin_from
 from mezzotint.training.log import WANDB_ID, RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
@@ -316,6 +317,9 @@ def _diffusion_task(
         normalization,
         (recipe.data.resolution, recipe.data.resolution),
     )
+    if recipe.initial is not None:
+        begin_from(model, Path(recipe.initial).expanduser())
+        log.event(f"begun from the weights of {recipe.initial}")
     return DiffusionTask(recipe, model, data, cache, execution, ranks)
 
 

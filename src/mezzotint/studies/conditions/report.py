@@ -50,10 +50,11 @@ def write_report(output: Path) -> Path:
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
+        begun = f" (begun from the model of {result.initial})" if result.initial else ""
         for gap in result.gaps:
             mark = "" if gap.closed >= _HALF else " (less than half)"
             lines.append(
-                f"| {result.condition} | {gap.name} | {gap.null:.3f} | {gap.drawn:.3f} |"
+                f"| {result.condition}{begun} | {gap.name} | {gap.null:.3f} | {gap.drawn:.3f} |"
                 f" {gap.real:.3f} | {gap.closed:.0%}{mark} | {result.minutes:.1f} |"
                 f" {result.steps:,} |"
             )

@@ -51,6 +51,7 @@ class ConditionResult(Document):
     Attributes:
         condition: Its name in the study.
         recipe: What trained it.
+        initial: The condition of the model whose weights it began from, if it did.
         parameters: Of UNet and conditioner.
         steps: Of training.
         minutes: Of training.
@@ -62,6 +63,7 @@ class ConditionResult(Document):
 
     condition: str
     recipe: str
+    initial: str | None = None
     parameters: int
     steps: int
     minutes: float

@@ -67,6 +67,9 @@ CONDITIONS: Mapping[str, str] = {
     "hybrid": "emoji-hybrid",
 }
 
+# whose weights another begins from, as Stable Diffusion's inpainting model did
+INITIAL: Mapping[str, str] = {"hybrid": "text"}
+
 GUIDED = "guided"  # an unconditional model, led without retraining
 
 
@@ -157,9 +160,7 @@ class _Runner:
 
     def condition(self, name: str) -> None:
         """Train a model if that is not done, and measure it."""
-        name_of_recipe, run = CONDITIONS[name], self.work / name
-        first_stage = ["first_stage.recipe=null", f"first_stage.path={self._autoencoder()}"]
-        self._train(name_of_recipe, run, first_stage)
+        name_of_recipe, run = CONDITIONS[name], self._trained(name)
         recipe = load_recipe(name_of_recipe)
         assert isinstance(recipe, DiffusionRecipe)
         pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
@@ -183,6 +184,7 @@ class _Runner:
         result = ConditionResult(
             condition=name,
             recipe=name_of_recipe,
+            initial=INITIAL.get(name),
             parameters=sum(
                 p.numel() for part in (model.unet, model.conditioner) for p in part.parameters()
             ),
@@ -214,6 +216,14 @@ class _Runner:
             with nulled(pipeline.model.conditioner, part):
                 nulls[part] = _draw(pipeline, asked, recipe.guidance_scale)
         return _Drawn(images, plain, nulls)
+
+    def _trained(self, name: str) -> Path:
+        """Train a model, and before it what it begins from, if that is not done."""
+        overrides = ["first_stage.recipe=null", f"first_stage.path={self._autoencoder()}"]
+        if name in INITIAL:
+            overrides.append(f"initial={self._trained(INITIAL[name])}")
+        self._train(CONDITIONS[name], self.work / name, overrides)
+        return self.work / name
 
     def guided(self) -> None:
         """Train an unconditional model if that is not done, and lead it."""
