@@ -222,7 +222,7 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
     return Resolved(
         model_hash=pipeline.model_hash,
         precision=precision_name(pipeline.execution.precision),
-        engine="torch",
+        engine=pipeline.engine.name,
         device=str(pipeline.execution.device),
         threads=threads(),
         batch_size=batch_size,
@@ -230,6 +230,7 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
         image_index=0,
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
+        engine_version=pipeline.engine.version,
         adapters=sums,
         read_as=ReadAs.from_dict(pipeline.read_as),
     )
