@@ -8,6 +8,7 @@ import typer
 from mezzotint.cli.loading import (
     ConfigOption,
     DeviceOption,
+    EngineOption,
     FamilyOption,
     PrecisionOption,
     PredictionOption,
@@ -176,6 +177,7 @@ def sample(
     ] = False,
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
+    engine: EngineOption = "auto",
     config: ConfigOption = None,
     family: FamilyOption = None,
     prediction: PredictionOption = None,
@@ -265,6 +267,7 @@ def sample(
         model,
         device=device,
         precision=precision,
+        engine=engine,
         config=config,
         family=family,
         prediction=prediction,
