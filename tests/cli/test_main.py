@@ -69,6 +69,7 @@ SURFACE = {
         "--tiled-decoding",
         "--precision",
         "--device",
+        "--engine",
         "--config",
         "--family",
         "--prediction",
@@ -112,6 +113,7 @@ SURFACE = {
         "--processes",
         "--precision",
         "--device",
+        "--engine",
         "--work",
         "--grid",
         "--output",
@@ -177,7 +179,7 @@ SURFACE = {
         "-o",
     },
     "average": {"run", "--sigma-rel", "--at-step", "--output", "-o", "--device"},
-    "replay": {"image", "--model", "--device", "--output", "-o", "--input"},
+    "replay": {"image", "--model", "--device", "--engine", "--output", "-o", "--input"},
     "doctor": set[str](),
 }
 
@@ -284,6 +286,7 @@ def test_wrong_usage_ends_with_two(run: Run, arguments: list[str], told: str) ->
         (["--class", "fruit"], "request: class_label: not for the task 'text-to-image'"),
         (["-o", "apple.gif"], "--output apple.gif: expected a folder, or a file named *.png"),
         (["--device", "gpu"], "device 'gpu': did you mean 'cpu'?"),
+        (["--engine", "openvin"], "engine 'openvin': did you mean 'openvino'?"),
         (["--precision", "bf16"], "precision 'bf16': did you mean 'bfloat16'?"),
     ],
 )

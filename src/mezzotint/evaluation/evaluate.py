@@ -61,6 +61,7 @@ def evaluate(
     weights: Mapping[str, str] | None = None,
     device: str = "auto",
     precision: str = "auto",
+    engine: str = "auto",
     processes: int = 1,
     work: str | Path | None = None,
     grid: str | Path | None = None,
@@ -92,6 +93,7 @@ def evaluate(
         weights: Where feature networks' weights are, by name: ``PATH`` or ``PATH#SHA256``.
         device: ``auto``, ``cpu``, ``cuda``, …
         precision: What a model draws in; feature networks always compute in float32.
+        engine: What runs a model's networks; see `mezzotint.load`.
         processes: How many share the work on this machine; started by torchrun, its ranks do.
         work: Where pictures and features are kept until the card is there; by default in the cache
             folder, and then they are removed afterwards.
@@ -138,7 +140,9 @@ def evaluate(
     device = _device(device)
     if stage is not None:
         given = {"processes": processes > 1, "work": work, "weights": weights}
-        _refuse_for_first_stage(given | {"precision": precision not in ("auto", "float32")})
+        given["precision"] = precision not in ("auto", "float32")
+        given["engine"] = engine not in ("auto", "torch")
+        _refuse_for_first_stage(given)
         card = evaluate_first_stage(
             stage,
             str(model),
@@ -161,6 +165,7 @@ def evaluate(
             caption_column=caption_column,
             device=device,
             precision=precision,
+            engine=engine,
         )
     else:
         folder = cast("str | Path", model)
@@ -227,8 +232,8 @@ def _refuse_for_first_stage(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if value:
             raise ConfigError(
-                f"{name}: a first stage is measured in one go, by one process, in float32 and on"
-                " the shipped network; leave it out"
+                f"{name}: a first stage is measured in one go, by one process, in float32, by"
+                " torch and on the shipped network; leave it out"
             )
 
 

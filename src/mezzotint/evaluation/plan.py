@@ -190,6 +190,7 @@ def open_drawn(
     caption_column: str | None,
     device: str,
     precision: str,
+    engine: str = "auto",
 ) -> tuple[DrawnPictures, Reference, list[int] | str]:
     """Open a model's pictures and the real ones, whose captions or classes it draws from.
 
@@ -201,7 +202,9 @@ def open_drawn(
         DataError: If the real pictures are, or lack what the model draws from.
         RequestError: If the model cannot draw so.
     """
-    pipeline = model if isinstance(model, Pipeline) else load(model, device, precision)
+    pipeline = (
+        model if isinstance(model, Pipeline) else load(model, device, precision, engine=engine)
+    )
     if not protocol.ema and not isinstance(model, Pipeline):
         raise ConfigError(
             f"protocol {protocol.name}: ema: false asks for weights that were not averaged, but"
@@ -221,7 +224,14 @@ def open_drawn(
         if wants == "caption" and "retrieval" in protocol.metrics:
             targets = targets_of(data, count, reference.pictures.names)
     drawn = DrawnPictures(
-        pipeline, drawing, conditions, origin, count, device=device, precision=precision
+        pipeline,
+        drawing,
+        conditions,
+        origin,
+        count,
+        device=device,
+        precision=precision,
+        engine=engine,
     )
     return drawn, reference, targets
 

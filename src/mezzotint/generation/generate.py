@@ -226,7 +226,7 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
     return Resolved(
         model_hash=pipeline.model_hash,
         precision=precision_name(pipeline.execution.precision),
-        engine="torch",
+        engine=pipeline.engine.name,
         device=str(pipeline.execution.device),
         threads=threads(),
         batch_size=batch_size,
@@ -234,6 +234,7 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
         image_index=0,
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
+        engine_version=pipeline.engine.version,
         adapters=sums,
         read_as=ReadAs.from_dict(pipeline.read_as),
     )

@@ -1,7 +1,7 @@
 """A model and how to run it."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast
@@ -13,8 +13,9 @@ from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
-from mezzotint.device import Execution, select_device, select_precision
+from mezzotint.device import Execution, autocast, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
+from mezzotint.engines.select import Engine, TorchEngine, select_engine
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
@@ -73,13 +74,14 @@ class MoreFields(TypedDict, total=False):
 
 
 class Pipeline:
-    """A `LatentDiffusion` and the device and precision that it runs in.
+    """A `LatentDiffusion`, the device and precision that it runs in, and what runs it.
 
     Args:
         model: The model; moved to the device and set to evaluation.
         execution: Device and precision.
         name: What requests call the model: the path that `load` finds it by.
         source: What its files say beyond it.
+        engine: What runs its networks; by default torch.
 
     Attributes:
         defaults: What a request takes where it says nothing.
@@ -94,9 +96,11 @@ class Pipeline:
         execution: Execution,
         name: str,
         source: LoadedModel | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.model = model.to(execution.device).eval()
         self.execution = execution
+        self.engine: Engine = engine or TorchEngine()
         self.name = name
         self.defaults = source.defaults if source else SamplingDefaults()
         self.notes = source.notes if source else ()
@@ -126,15 +130,21 @@ class Pipeline:
             return (self.task,)
         return (self.task, *_FROM_A_PICTURE)
 
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Compute in this pipeline's precision and by its engine, for a while."""
+        with autocast(self.execution), self.engine.running(self.model):
+            yield
+
     def adapted(self, uses: Sequence[AdapterUse]) -> AbstractContextManager[dict[str, str]]:
         """Let adapters act for a while; gives the sha256 of each by name."""
         return adapters(self.model, uses, self.adapter_folders)
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuse a request that this model cannot fulfil.
+        """Refuse a request that this model, or its engine, cannot fulfil.
 
         Raises:
-            RequestError: Saying what the model wants.
+            RequestError: Saying what the model wants, or what the engine lacks.
         """
         description = self.model.conditioner.description
         if request.task not in self.tasks:
@@ -150,6 +160,12 @@ class Pipeline:
                 )
             if getattr(request, name) is None and wants == kind:
                 raise RequestError(f"{self.name}: the model wants {description}")
+        for name, why in self.engine.lacks.items():
+            if getattr(request, name):
+                raise RequestError(
+                    f"{self.name}: {name}: the engine {self.engine.name!r} {why}; draw with the"
+                    " engine torch (--engine torch)"
+                )
         distilled = self.model.unet.config.guidance_embed_dim is not None
         if request.tiled_sampling and distilled:
             raise RequestError(f"{self.name}: tiled_sampling is not for distilled models yet")
@@ -325,6 +341,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     *,
+    engine: str = "auto",
     config: str | Path | None = None,
     family: str | None = None,
     prediction: str | None = None,
@@ -338,6 +355,9 @@ def load(
         device: ``auto``, ``cpu``, ``cuda``, …
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``. The weights of public
             checkpoints stand in memory in it.
+        engine: What runs the UNet and the decoder: ``auto`` and ``torch`` are torch, ``openvino``
+            is OpenVINO on the processor (extra ``openvino``), which converts a model before its
+            first picture.
         config: The YAML of a single file, if it does not lie beside it.
         family: What a single file is, if it is recognised wrongly.
         prediction: ``epsilon`` or ``v_prediction``, if that of a single file is guessed wrongly.
@@ -345,9 +365,13 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, or it is damaged.
-        ConfigError: If the device or the precision is not to be had.
+        ConfigError: If the device, the precision or the engine is not to be had.
+        MissingExtraError: If the engine, or a text encoder's package, is not installed.
     """
+    if engine == "openvino" and device == "auto":
+        device = "cpu"
     execution = select_precision(precision, select_device(device))
+    runs = select_engine(engine, execution)
     loaded = load_any(
         model,
         dtype=execution.precision,
@@ -356,4 +380,4 @@ def load(
         prediction=prediction,
         weights=weights,
     )
-    return Pipeline(loaded.model, execution, str(model), loaded)
+    return Pipeline(loaded.model, execution, str(model), loaded, runs)

@@ -41,10 +41,13 @@ def replay(
     model: str | None = None,
     device: str = "auto",
     inputs: Sequence[Path] = (),
+    *,
+    engine: str = "auto",
 ) -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
-    The picture is drawn at the batch size, precision and thread count that it was drawn with.
+    The picture is drawn at the batch size, precision and thread count that it was drawn with, and
+    by the engine.
 
     Args:
         path: A picture drawn by Mezzotint.
@@ -52,10 +55,15 @@ def replay(
         device: Where to draw; ``auto`` is where it was drawn, if that device is here. Another kind
             of device may differ in the last bit.
         inputs: The pictures that it began from, where they are no longer where they were.
+        engine: ``auto`` is what drew it. Another may differ by a rounding.
+
+    Returns:
+        The picture, and its request with the engine that has drawn it now.
 
     Raises:
         RequestError: If the picture holds no request, or the model, an adapter or an input is not
             the one that drew it, or a Python function guided it.
+        MissingExtraError: If its engine is not installed.
     """
     request = read_request(path)
     resolved = request.resolved
@@ -65,7 +73,10 @@ def replay(
         device = resolved.device if _present(resolved.device) else "cpu"
     refuse_unknown(request)
     read_as = {name: told for name, told in resolved.read_as.to_dict().items() if told is not None}
-    pipeline = load(model or str(request.model), device, resolved.precision, **read_as)
+    engine = resolved.engine if engine == "auto" else engine
+    pipeline = load(
+        model or str(request.model), device, resolved.precision, engine=engine, **read_as
+    )
     if pipeline.model_hash != resolved.model_hash:
         raise RequestError(
             f"{path}: drawn by a model with the hash {resolved.model_hash}, but {pipeline.name} has"
@@ -86,4 +97,7 @@ def replay(
             raise RequestError(f"{path}: other adapters drew it: {', '.join(changed)}")
     with _thread_count(resolved.threads):
         drawn = generate_each(pipeline, rows, pictures=pictures, batch_size=len(rows))
+    if engine != resolved.engine:
+        ran_by = {"engine": engine, "engine_version": pipeline.engine.version}
+        request = request.model_copy(update={"resolved": resolved.model_copy(update=ran_by)})
     return GeneratedImage(drawn[resolved.batch_row].image, request)

@@ -182,6 +182,7 @@ class Resolved(Config):
         image_index: Which image of the request this is, from 0; its seed is ``seed + image_index``.
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
+        engine_version: The engine that it ran on, if that is another.
         adapters: The sha256 of each adapter and embedding that acted, by name.
         read_as: What was said of the model's file when it was read.
     """
@@ -197,6 +198,7 @@ class Resolved(Config):
     image_index: Annotated[int, Field(ge=0)]
     mezzotint_version: str
     torch_version: str
+    engine_version: str | None = None
     adapters: dict[str, Sha256] = {}
     read_as: ReadAs = ReadAs()
 

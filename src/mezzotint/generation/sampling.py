@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mezzotint.conditioning.base import Conditioning
-from mezzotint.device import autocast
 from mezzotint.diffusion.denoiser import Denoiser
 from mezzotint.diffusion.energy_guidance import EnergyGuidance
 from mezzotint.diffusion.guidance import ClassifierFreeGuidance
@@ -89,7 +88,7 @@ def sample_latents(
         canvas = lay_out(model, requests, InputPictures())
     strength = first.strength or STRENGTHS.get(first.task, 1.0)
     begun = None
-    with autocast(pipeline.execution):
+    with pipeline.running():
         if canvas.image is not None:
             begun = model.encode(canvas.image.to(pipeline.execution.device)).float()
     return _sample(
@@ -137,7 +136,7 @@ def sample_again(
         size = width * factor, height * factor
         large = [np.asarray(p.resize(size, Image.Resampling.LANCZOS), np.float32) for p in small]
         pixels = torch.from_numpy(np.stack(large) / 127.5 - 1.0).permute(0, 3, 1, 2)
-        with autocast(pipeline.execution):
+        with pipeline.running():
             begun = pipeline.model.encode(pixels.to(latents.device)).float()
     canvas = Canvas(
         height=height * factor,
@@ -162,7 +161,7 @@ def sample_again(
 def decode_latents(pipeline: Pipeline, latents: Tensor, *, tiled: bool = False) -> Tensor:
     """Turn normalised latents ``(B, C, h, w)`` into pixels ``(B, 3, H, W)``, about [-1, 1]."""
     model = pipeline.model
-    with autocast(pipeline.execution):
+    with pipeline.running():
         if tiled:
             return decode_in_tiles(model.decode, latents, model.first_stage.factor)
         return model.decode(latents)
@@ -192,7 +191,7 @@ def _sample(
     sampler, options = _sampler(pipeline, requests[0])
     sigmas = _levels(pipeline, sampler, requests[0], steps, strength)
     shape = model.latent_shape(canvas.drawn_height, canvas.drawn_width)
-    with autocast(pipeline.execution), _fixed_weights(model, active=guide is not None):
+    with pipeline.running(), _fixed_weights(model, active=guide is not None):
         denoise = _denoise(pipeline, requests, canvas)
         if guide is not None:
             denoise = _led(model, denoise, guide, canvas)

@@ -220,8 +220,27 @@ class UNet(nn.Module):
         Raises:
             RequestError: If a condition is missing, or the model has no use for one.
         """
-        self._check_conditions(context, vector, guidance)
-        time = self._embed(timestep, vector, guidance)
+        self.check_conditions(context, vector, guidance)
+        return self.trunk(x, self.embed(timestep, vector, guidance), context, context_mask)
+
+    def trunk(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict from a time that is embedded already: nearly all of the work of `forward`.
+
+        Args:
+            x: As for `forward`.
+            time: ``(B, time_embed_dim)``, from `embed`.
+            context: As for `forward`.
+            context_mask: As for `forward`.
+
+        Returns:
+            ``(B, out_channels, H, W)``.
+        """
         mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
 
         h = self.conv_in(x)
@@ -238,7 +257,10 @@ class UNet(nn.Module):
             h = self._run(block, h, mine, time, context, mask, size)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-    def _embed(self, timestep: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
+    def embed(
+        self, timestep: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Embed the times and what is added to them: ``(B, time_embed_dim)``; see `forward`."""
         config, dtype = self.config, self.conv_in.weight.dtype
         sinusoids = timestep_embedding(
             timestep,
@@ -262,9 +284,10 @@ class UNet(nn.Module):
             time = time + self.class_embedding(vector)
         return time
 
-    def _check_conditions(
+    def check_conditions(
         self, context: Tensor | None, vector: Tensor | None, guidance: Tensor | None
     ) -> None:
+        """Refuse conditions that are missing, or that the model has no use for; see `forward`."""
         config = self.config
         wanted = config.num_class_embeds is not None or config.vector_dim is not None
         for name, value, expected in (

@@ -1,0 +1,84 @@
+"""Which engine runs the networks of a model while it draws."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Protocol
+
+from mezzotint.device import Execution
+from mezzotint.engines.openvino import OpenVinoEngine
+from mezzotint.errors import ConfigError, nearest
+from mezzotint.latent_diffusion import LatentDiffusion
+
+__all__ = ["ENGINES", "Engine", "TorchEngine", "select_engine"]
+
+
+class Engine(Protocol):
+    """What runs a UNet and a decoder. Whichever it is, requests and pictures are the same."""
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        ...
+
+    @property
+    def version(self) -> str | None:
+        """Of its software, where that is not torch."""
+        ...
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """Which fields of a request it cannot fulfil, and why: what follows "the engine"."""
+        ...
+
+    def running(self, model: LatentDiffusion) -> AbstractContextManager[None]:
+        """Let it run a model's networks in torch's place, for a while.
+
+        Args:
+            model: Its weights, their names and its hash stay what they are.
+
+        Raises:
+            RequestError: If something acts on the networks that it cannot follow.
+        """
+        ...
+
+
+class TorchEngine:
+    """torch runs its own networks."""
+
+    name = "torch"
+    version = None
+    lacks: Mapping[str, str] = MappingProxyType({})
+
+    def running(self, model: LatentDiffusion) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return nullcontext()
+
+
+ENGINES: Mapping[str, Callable[[Execution], Engine]] = MappingProxyType(
+    {"torch": lambda _: TorchEngine(), "openvino": OpenVinoEngine}
+)
+
+
+def select_engine(name: str, execution: Execution) -> Engine:
+    """Choose what runs the networks.
+
+    Args:
+        name: ``torch``, ``openvino``, or ``auto``, which is torch: another engine is only taken
+            where it is asked for, because it converts a model before its first picture.
+        execution: Device and precision.
+
+    Raises:
+        ConfigError: If there is no such engine, or it does not run on the device.
+        MissingExtraError: If it is not installed.
+
+    Example:
+        >>> from mezzotint.device import select_device, select_precision
+        >>> select_engine("auto", select_precision("float32", select_device("cpu"))).name
+        'torch'
+    """
+    if name == "auto":
+        return TorchEngine()
+    if name not in ENGINES:
+        raise ConfigError(f"engine {name!r}: {nearest(name, ('auto', *ENGINES))}")
+    return ENGINES[name](execution)
