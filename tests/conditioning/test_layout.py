@@ -175,3 +175,36 @@ def test_neighbouring_corners_begin_alike(vocab_size: int) -> None:
     alike = torch.nn.functional.cosine_similarity(corners[:1], corners, dim=1)
     assert alike[1] > alike[side - 1] and alike[side] > alike[side * (side - 1)]
     assert torch.cdist(corners, corners).fill_diagonal_(1.0).min() > 1e-4
+
+
+def test_tokens_begin_by_looking_at_their_own_object():
+    torch.manual_seed(0)
+    config = LayoutConditionerConfig(
+        vocab_size=256, width=64, layers=2, heads=2, head_dim=32, ffn_dim=64, max_length=11
+    )
+    conditioner = LayoutConditioner(config)
+    boxes = [Box(5, 0.1, 0.2, 0.5, 0.7), Box(9, 0.5, 0.3, 0.9, 0.8), Box(3, 0.2, 0.6, 0.4, 0.9)]
+    ids, model = conditioner.tokenize([boxes]), conditioner.model
+    layer = model.layers[0]
+    x = layer.self_attn_layer_norm(model.embed_tokens(ids) + model.embed_positions.weight)[0]
+    q, k = (
+        part(x).unflatten(-1, (2, -1)).transpose(0, 1)
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+    )
+    looks = (q @ k.mT * 32**-0.5).softmax(-1).mean(0)
+    place = (torch.arange(11) + (torch.arange(11) >= 9)) // 3
+    own = (place[:, None] == place) & ~torch.eye(11, dtype=torch.bool)
+    other = place[:, None] != place
+    assert looks[own].mean() > 3 * looks[other].mean()
+
+
+def test_classes_do_not_begin_alike():
+    """Their numbers are also those of corners, of which neighbours are alike."""
+    torch.manual_seed(0)
+    names = tuple("abcdefgh")
+    config = LayoutConditionerConfig(
+        vocab_size=256, width=64, layers=0, max_length=5, class_names=names
+    )
+    weight = LayoutConditioner(config).model.embed_tokens.weight
+    alike = torch.cosine_similarity(weight[:-1], weight[1:])
+    assert alike[:7].abs().max() < 0.5 and alike[20:30].min() > 0.7

@@ -19,6 +19,7 @@ from mezzotint.errors import ConfigError
 from mezzotint.nn.attention import attend
 
 __all__ = [
+    "BertLayer",
     "BertTextConditioner",
     "BertTextConditionerConfig",
     "BertTransformer",
@@ -71,7 +72,7 @@ class _SelfAttention(nn.Module):
         return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-class _Layer(nn.Module):
+class BertLayer(nn.Module):
     """A pre-norm transformer block; ``final_layer_norm`` is what its second half begins with."""
 
     def __init__(self, shape: TransformerShape) -> None:
@@ -83,6 +84,7 @@ class _Layer(nn.Module):
         self.fc2 = nn.Linear(shape.ffn_dim, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map tokens ``(B, M, width)`` to the same shape."""
         x = x + self.self_attn(self.self_attn_layer_norm(x))
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
@@ -98,7 +100,7 @@ class BertTransformer(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
         self.embed_positions = nn.Embedding(shape.max_length, shape.width)
-        self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(BertLayer(shape) for _ in range(shape.layers))
         self.layer_norm = nn.LayerNorm(shape.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         nn.init.normal_(self.embed_positions.weight, std=0.02)

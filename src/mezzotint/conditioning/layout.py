@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.conditioning.base import Box, Conditioner, Conditioning, ConditionInputs
-from mezzotint.conditioning.bert import BertTransformer, TransformerShape, unread_logits
+from mezzotint.conditioning.bert import BertLayer, BertTransformer, TransformerShape, unread_logits
 from mezzotint.conditioning.classes import class_index
 from mezzotint.config import Width
 from mezzotint.errors import RequestError
@@ -72,7 +72,8 @@ class LayoutConditioner(Conditioner):
         super().__init__()
         self.config = config
         self.model = BertTransformer(config)
-        embed_corners(self.model.embed_tokens.weight)
+        embed_corners(self.model.embed_tokens.weight, classes=len(config.class_names))
+        bind_objects(self.model)
         self.to_logits = unread_logits(config)
 
     @property
@@ -156,7 +157,31 @@ class LayoutConditioner(Conditioner):
 
 
 @torch.no_grad()
-def embed_corners(weight: Tensor) -> None:
+def bind_objects(model: BertTransformer) -> None:
+    """Begin with a first layer in which the three tokens of an object look at one another.
+
+    Nothing else than its position says which corners belong to which class. So the positions of an
+    object begin with a part in common, which queries and keys of the first layer compare: without
+    that a model learns what is drawn, and where something is, long before it learns what is where.
+
+    Args:
+        model: Of a layout conditioner; its positions, and the first layer's queries and keys, are
+            replaced.
+    """
+    weight = model.embed_positions.weight
+    place = torch.arange(len(weight))  # the crop, of two tokens, counts as an object that lacks one
+    place[-_CROP:] += _PER_OBJECT - _CROP
+    objects = torch.randn(len(weight) // _PER_OBJECT + 2, weight.shape[1]) * 0.03
+    roles = torch.randn(_PER_OBJECT, weight.shape[1]) * 0.015
+    weight.copy_(objects[place // _PER_OBJECT] + roles[place % _PER_OBJECT])
+    for layer in model.layers[:1]:
+        assert isinstance(layer, BertLayer)
+        nn.init.eye_(layer.self_attn.q_proj.weight)
+        nn.init.eye_(layer.self_attn.k_proj.weight)
+
+
+@torch.no_grad()
+def embed_corners(weight: Tensor, *, classes: int) -> None:
     """Begin with embeddings in which neighbouring corners are alike.
 
     A corner is a token of its own, so that from random embeddings the neighbourhood of a thousand
@@ -166,6 +191,7 @@ def embed_corners(weight: Tensor) -> None:
 
     Args:
         weight: ``(vocab_size, d)`` of a standard deviation of 0.02; rows of corners are replaced.
+        classes: The first rows are those of classes too, which are not alike; they stay.
     """
     side, count = math.isqrt(len(weight)), weight.shape[1] // 4
     cells = torch.arange(side * side)
@@ -174,7 +200,8 @@ def embed_corners(weight: Tensor) -> None:
     angles = torch.stack([x, y])[..., None] * waves  # (2, cells, d / 4)
     parts = [angles.sin(), angles.cos()]
     features = torch.cat([part[axis] for axis in range(2) for part in parts], dim=1)
-    weight[: side * side, : features.shape[1]] = features * 0.02 * math.sqrt(2)
+    corners = slice(classes, side * side)
+    weight[corners, : features.shape[1]] = features[corners] * 0.02 * math.sqrt(2)
 
 
 def read_layout(conditioner: LayoutConditioner, data: object, source: str = "layout") -> list[Box]:
