@@ -14,12 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mezzotint.config import Config, Count, Depth, Width
 from mezzotint.errors import RequestError
+from mezzotint.models.sampling_memory import SamplingMemory
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
 from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
+from mezzotint.nn.kept_context import KeptContext
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
 __all__ = ["UNet", "UNetConfig"]
 
+_Told = tuple[Tensor, Tensor | KeptContext | None, Tensor | None]  # time, context and its mask
 _MOST_BLOCKS = 2048  # of all levels, transformers' included; those of SDXL are 200
 
 
@@ -131,6 +134,11 @@ class UNetConfig(Config):
         """Width of the time embedding that every ResBlock gets."""
         return 4 * self.block_out_channels[0]
 
+    @property
+    def outputs_down(self) -> int:
+        """How many outputs there are on the way down, beside that of the first convolution."""
+        return len(self.block_out_channels) * (self.layers_per_block + 1) - 1
+
 
 class UNet(nn.Module):
     """Predicts the noise, the velocity or the clean latent from a noisy one.
@@ -202,6 +210,7 @@ class UNet(nn.Module):
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
         guidance: Tensor | None = None,
+        memory: SamplingMemory | None = None,
     ) -> Tensor:
         """Predict.
 
@@ -213,6 +222,7 @@ class UNet(nn.Module):
             context_mask: ``(B, M)`` bool, true where a token is real; absent means all are.
             vector: ``(B,)`` integer class labels, or ``(B, vector_dim)``.
             guidance: ``(B,)`` guidance scales of a distilled model, 1 meaning none.
+            memory: What the calls of one sampling share.
 
         Returns:
             ``(B, out_channels, H, W)``.
@@ -224,19 +234,53 @@ class UNet(nn.Module):
         time = self._embed(timestep, vector, guidance)
         mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
 
-        h = self.conv_in(x)
-        skips = [h]
+        told = time, context if memory is None else memory.context(context), mask
+        deep = None if memory is None else memory.deep
+
+        skips = [self.conv_in(x)]
+        if deep is None or deep.kept is None:
+            self._go_down(skips, told)
+            h = self._run(self.mid_block, skips[-1], *told)
+        else:
+            assert len(deep.kept) == len(x), "what is kept is of this batch"
+            self._go_down(skips, told, deep.blocks)
+            h = deep.kept
+        if deep is not None:
+            h = deep.kept = self._go_up(h, skips, told, left=deep.blocks + 1)
+        h = self._go_up(h, skips, told)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def attentions(self, level: int) -> list[SpatialTransformer | AttentionBlock]:
+        """Return the attentions of a level on both ways; 0 is the finest."""
+        blocks = self.down_blocks[level], self.up_blocks[-1 - level]
+        return [
+            module
+            for block in blocks
+            for module in block.modules()
+            if isinstance(module, SpatialTransformer | AttentionBlock)
+        ]
+
+    def _go_down(self, skips: list[Tensor], told: _Told, most: int | None = None) -> None:
+        """Add the outputs of the way down to that of the first convolution, or as many of them."""
         for block in self.down_blocks:
-            h, outputs = self._run(block, h, time, context, mask)
+            left = None if most is None else most + 1 - len(skips)
+            if left == 0:
+                break
+            _, outputs = self._run(block, skips[-1], *told, left)
             skips += outputs
-        h = self._run(self.mid_block, h, time, context, mask)
-        for block in self.up_blocks:
-            count = self.config.layers_per_block + 1
-            mine, skips = skips[-count:], skips[:-count]
+
+    def _go_up(self, h: Tensor, skips: list[Tensor], told: _Told, left: int = 0) -> Tensor:
+        """Go up until so many outputs of the way down are left, which are taken from the list."""
+        layers = self.config.layers_per_block + 1
+        while len(skips) > left:
+            level = (len(skips) - 1) // layers
+            first = (level + 1) * layers - len(skips)  # above 0 where the block was begun before
+            count = min(layers - first, len(skips) - left)
+            mine, skips[-count:] = skips[-count:], []
             # a size that was odd on the way down is met again exactly on the way up
             size = skips[-1].shape[-2:] if skips else None
-            h = self._run(block, h, mine, time, context, mask, size)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+            h = self._run(self.up_blocks[-1 - level], h, mine, *told, size, first)
+        return h
 
     def _embed(self, timestep: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
         config, dtype = self.config, self.conv_in.weight.dtype
@@ -319,7 +363,7 @@ def _attention(config: UNetConfig, channels: int) -> SpatialTransformer | Attent
 
 
 class _DownBlock(nn.Module):
-    """One level on the way down; also returns what the way up will need."""
+    """One level on the way down, or its beginning; also returns what the way up will need."""
 
     def __init__(
         self, config: UNetConfig, level: int, in_channels: int, *, downsample: bool
@@ -341,15 +385,24 @@ class _DownBlock(nn.Module):
             )
 
     def forward(
-        self, h: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
+        self,
+        h: Tensor,
+        time: Tensor,
+        context: Tensor | KeptContext | None,
+        mask: Tensor | None,
+        most: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         outputs: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
+            if layer == most:
+                return h, outputs
             h = resnet(h, time)
             if self.attentions:
                 h = self.attentions[layer](h, context, mask)
             outputs.append(h)
         for downsampler in self.downsamplers:
+            if len(outputs) == most:
+                return h, outputs
             h = downsampler(h, time)
             outputs.append(h)
         return h, outputs
@@ -365,7 +418,7 @@ class _MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_attention(config, channels)])
 
     def forward(
-        self, h: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
+        self, h: Tensor, time: Tensor, context: Tensor | KeptContext | None, mask: Tensor | None
     ) -> Tensor:
         h = self.resnets[0](h, time)
         h = self.attentions[0](h, context, mask)
@@ -373,7 +426,10 @@ class _MidBlock(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    """One level on the way up; every ResBlock takes one of the way down's outputs beside."""
+    """One level on the way up; every ResBlock takes one of the way down's outputs beside.
+
+    With ``first`` above 0, or fewer outputs than ResBlocks, it goes through a part of itself.
+    """
 
     def __init__(
         self,
@@ -407,14 +463,16 @@ class _UpBlock(nn.Module):
         h: Tensor,
         skips: list[Tensor],
         time: Tensor,
-        context: Tensor | None,
+        context: Tensor | KeptContext | None,
         mask: Tensor | None,
         size: torch.Size | None,
+        first: int = 0,
     ) -> Tensor:
-        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            h = resnet(torch.cat([h, skip], dim=1), time)
+        for layer, skip in enumerate(reversed(skips), start=first):
+            h = self.resnets[layer](torch.cat([h, skip], dim=1), time)
             if self.attentions:
                 h = self.attentions[layer](h, context, mask)
-        for upsampler in self.upsamplers:
-            h = upsampler(h, time, size)
+        if first + len(skips) == len(self.resnets):
+            for upsampler in self.upsamplers:
+                h = upsampler(h, time, size)
         return h
