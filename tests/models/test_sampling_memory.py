@@ -1,4 +1,4 @@
-"""What calls of a UNet share: exactly what each would compute, or kept deep features and no more."""
+"""What calls of a UNet share: what each would compute, or kept deep features and no more."""
 
 from typing import Any
 
