@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from mezzotint.config import Config, Count, Depth, Width
 from mezzotint.errors import RequestError
 from mezzotint.models.sampling_memory import SamplingMemory
+from mezzotint.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
 from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
 from mezzotint.nn.kept_context import KeptContext
-from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -178,16 +178,16 @@ class UNet(nn.Module):
         skips = [width := widths[0]]
         for level, out_width in enumerate(widths):
             last = level == len(widths) - 1
-            self.down_blocks.append(_DownBlock(config, level, width, downsample=not last))
+            self.down_blocks.append(DownBlock(config, level, width, downsample=not last))
             width = out_width
             skips += [width] * (config.layers_per_block + (not last))
 
-        self.mid_block = _MidBlock(config)
+        self.mid_block = MidBlock(config)
 
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             mine = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(_UpBlock(config, level, width, mine, upsample=level > 0))
+            self.up_blocks.append(UpBlock(config, level, width, mine, upsample=level > 0))
             width = widths[level]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
@@ -328,151 +328,3 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
-
-
-def _resnet(
-    config: UNetConfig,
-    in_channels: int,
-    out_channels: int,
-    resample: Literal["down", "up"] | None = None,
-) -> ResnetBlock:
-    return ResnetBlock(
-        in_channels,
-        out_channels,
-        time_dim=config.time_embed_dim,
-        groups=config.norm_num_groups,
-        eps=config.norm_eps,
-        dropout=config.dropout,
-        scale_shift=config.resnet_time_scale_shift == "scale_shift",
-        resample=resample,
-    )
-
-
-def _attention(config: UNetConfig, channels: int) -> SpatialTransformer | AttentionBlock:
-    heads, groups = config.heads(channels), config.norm_num_groups
-    if config.cross_attention_dim is None:
-        return AttentionBlock(channels, heads, groups=groups, eps=config.norm_eps)
-    return SpatialTransformer(
-        channels,
-        heads,
-        config.cross_attention_dim,
-        layers=config.transformer_layers_per_block,
-        groups=groups,
-        linear=config.use_linear_projection,
-    )
-
-
-class _DownBlock(nn.Module):
-    """One level on the way down, or its beginning; also returns what the way up will need."""
-
-    def __init__(
-        self, config: UNetConfig, level: int, in_channels: int, *, downsample: bool
-    ) -> None:
-        super().__init__()
-        channels = config.block_out_channels[level]
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
-        for layer in range(config.layers_per_block):
-            self.resnets.append(_resnet(config, channels if layer else in_channels, channels))
-            if config.attention_levels[level]:
-                self.attentions.append(_attention(config, channels))
-        self.downsamplers = nn.ModuleList()
-        if downsample:
-            self.downsamplers.append(
-                _resnet(config, channels, channels, "down")
-                if config.resblock_updown
-                else Downsample(channels, padding=config.downsample_padding)
-            )
-
-    def forward(
-        self,
-        h: Tensor,
-        time: Tensor,
-        context: Tensor | KeptContext | None,
-        mask: Tensor | None,
-        most: int | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs: list[Tensor] = []
-        for layer, resnet in enumerate(self.resnets):
-            if layer == most:
-                return h, outputs
-            h = resnet(h, time)
-            if self.attentions:
-                h = self.attentions[layer](h, context, mask)
-            outputs.append(h)
-        for downsampler in self.downsamplers:
-            if len(outputs) == most:
-                return h, outputs
-            h = downsampler(h, time)
-            outputs.append(h)
-        return h, outputs
-
-
-class _MidBlock(nn.Module):
-    """The coarsest features: ResBlock, attention, ResBlock."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        channels = config.block_out_channels[-1]
-        self.resnets = nn.ModuleList(_resnet(config, channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([_attention(config, channels)])
-
-    def forward(
-        self, h: Tensor, time: Tensor, context: Tensor | KeptContext | None, mask: Tensor | None
-    ) -> Tensor:
-        h = self.resnets[0](h, time)
-        h = self.attentions[0](h, context, mask)
-        return self.resnets[1](h, time)
-
-
-class _UpBlock(nn.Module):
-    """One level on the way up; every ResBlock takes one of the way down's outputs beside.
-
-    With ``first`` above 0, or fewer outputs than ResBlocks, it goes through a part of itself.
-    """
-
-    def __init__(
-        self,
-        config: UNetConfig,
-        level: int,
-        in_channels: int,
-        skip_channels: list[int],
-        *,
-        upsample: bool,
-    ) -> None:
-        super().__init__()
-        channels = config.block_out_channels[level]
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
-        for layer, skip in enumerate(skip_channels):
-            self.resnets.append(
-                _resnet(config, (channels if layer else in_channels) + skip, channels)
-            )
-            if config.attention_levels[level]:
-                self.attentions.append(_attention(config, channels))
-        self.upsamplers = nn.ModuleList()
-        if upsample:
-            self.upsamplers.append(
-                _resnet(config, channels, channels, "up")
-                if config.resblock_updown
-                else Upsample(channels)
-            )
-
-    def forward(
-        self,
-        h: Tensor,
-        skips: list[Tensor],
-        time: Tensor,
-        context: Tensor | KeptContext | None,
-        mask: Tensor | None,
-        size: torch.Size | None,
-        first: int = 0,
-    ) -> Tensor:
-        for layer, skip in enumerate(reversed(skips), start=first):
-            h = self.resnets[layer](torch.cat([h, skip], dim=1), time)
-            if self.attentions:
-                h = self.attentions[layer](h, context, mask)
-        if first + len(skips) == len(self.resnets):
-            for upsampler in self.upsamplers:
-                h = upsampler(h, time, size)
-        return h
