@@ -14,6 +14,7 @@ from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.errors import ConfigError, RequestError, short
 from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from mezzotint.models.regularizers import DiagonalGaussian
+from mezzotint.models.sampling_memory import SamplingMemory
 from mezzotint.models.unet import UNet
 from mezzotint.rng import SampleNoise
 
@@ -201,7 +202,13 @@ class LatentDiffusion(nn.Module):
         return self.first_stage.decode(self.normalization.denormalize(latents))
 
     def predict(
-        self, x: Tensor, timestep: Tensor, cond: Conditioning, *, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        memory: SamplingMemory | None = None,
     ) -> Tensor:
         """Run the UNet: epsilon_theta(z_t, t, tau_theta(y)), paper eq. 3.
 
@@ -210,6 +217,7 @@ class LatentDiffusion(nn.Module):
             timestep: ``(B,)`` in [0, T), or [0, T] and fractional for a flow.
             cond: The conditions; ``concat`` is joined to ``x`` along the channels.
             guidance: ``(B,)`` scale of guidance, for networks that were distilled with it.
+            memory: What the calls of one sampling share.
         """
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
@@ -220,6 +228,7 @@ class LatentDiffusion(nn.Module):
             context_mask=cond.crossattn_mask,
             vector=cond.vector,
             guidance=guidance,
+            memory=memory,
         )
 
     @property

@@ -96,6 +96,23 @@ def test_interval_guides_inside_alone() -> None:
     assert denoiser.samples == 9
 
 
+def test_conditions_are_joined_once_and_anew_for_another() -> None:
+    seen: list[Conditioning] = []
+
+    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        seen.append(cond)
+        return Counting()(x, sigma, cond)
+
+    guided = ClassifierFreeGuidance(denoiser, NULL, 3.0)
+    other = Conditioning(vector=torch.tensor([[4.0], [5.0], [6.0]]))
+    first = guided(X, SIGMA, COND)
+    assert torch.equal(guided(X, SIGMA, COND), first)
+    assert seen[0] is seen[1]
+    fresh = ClassifierFreeGuidance(Counting(), NULL, 3.0)
+    assert torch.equal(guided(X, SIGMA, other), fresh(X, SIGMA, other))
+    assert torch.equal(guided(X, SIGMA, COND), first)
+
+
 def test_conditions_of_other_length_are_joined() -> None:
     def mean_of_tokens(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         assert cond.crossattn is not None

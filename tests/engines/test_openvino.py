@@ -28,7 +28,7 @@ from mezzotint.generation.guides import Guide
 from mezzotint.generation.metadata import read_request, write_image
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.generation.replay import replay
-from mezzotint.generation.request import AdapterUse
+from mezzotint.generation.request import AdapterUse, FeatureReuse
 from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import VQModel, VQModelConfig
 from mezzotint.models.unet import UNet, UNetConfig
@@ -331,6 +331,10 @@ def test_what_it_lacks_is_refused_by_name(by_openvino: Pipeline, tmp_path: Path)
     why = r"guides: the engine 'openvino' computes no gradients.*--engine torch"
     with pytest.raises(RequestError, match=why):
         by_openvino.generate("x", guide=Guide(kind="colour", colour="#ff0000"))
+    with pytest.raises(RequestError, match="token_merging: the engine 'openvino' runs a network"):
+        by_openvino.generate("x", token_merging=0.5)
+    with pytest.raises(RequestError, match="feature_reuse: the engine 'openvino' runs a network"):
+        by_openvino.generate("x", feature_reuse=FeatureReuse(interval=2))
     with pytest.raises(RequestError, match="tiling: the engine 'openvino' pads with zeros only"):
         by_openvino.generate("x", tiling=True)
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -79,6 +79,8 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"tiling": True},
     ),
     "trailing comma": (f"a\n{LINE}, ", {}),
+    "merged tokens": (f"a\n{LINE}, Token merging ratio: 0.5", {"token_merging": 0.5}),
+    "most merged tokens": (f"a\n{LINE}, Token merging ratio: 0.9", {"token_merging": 0.75}),
     "clip skip": (f"a\n{LINE}, Clip skip: 2, Version: v1.10.1", {"clip_skip": 2}),
     "clip skip from the end": (f"a\n{LINE}, Clip skip: -2", {"clip_skip": 2}),
     "fraction of guidance": (f"a\n{line(CFG_scale='7.5')}", {"guidance_scale": 7.5}),
@@ -227,7 +229,7 @@ def test_texts_that_cannot_be_drawn(text: str, message: str) -> None:
 
 LABELS = [*dict(field.split(": ", 1) for field in hires().split(", ")), "Schedule type", "Version"]
 LABELS += ["Variation seed", "Variation seed strength", "Clip skip", "Tiling", "Hires steps", "Eta"]
-LABELS += ["Hires resize", "First pass size", "Mask blur"]
+LABELS += ["Token merging ratio", "Hires resize", "First pass size", "Mask blur"]
 VALUES = st.sampled_from(
     ["", "0", "-1", "1", "0.5", "2", "1e-320", "1e308", "inf", "nan", "9" * 400, "0" * 5000]
     + ["8x8", f"{'9' * 350}x0", "1x1", "Euler", "DDIM", "Karras", "True", "Latent", "v1.2", '"']

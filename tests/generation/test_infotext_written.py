@@ -80,6 +80,7 @@ def test_a_png_parses_field_for_field_by_the_published_rule(tmp_path: Path) -> N
         clip_skip=2,
         emphasis="no_norm",
         tiling=True,
+        token_merging=0.25,
         adapters=(AdapterUse(name="styles/wash.v2.safetensors", weight=0.75),),
         high_res=HighRes(scale=2.0, strength=0.5, steps=8, upscaler="lanczos"),
         resolved=resolved(
@@ -111,6 +112,7 @@ def test_a_png_parses_field_for_field_by_the_published_rule(tmp_path: Path) -> N
         "Clip skip": "2",
         "RNG": "CPU",
         "Tiling": "True",
+        "Token merging ratio": "0.25",
         "Eta": "0.5",
         "Emphasis": "No norm",
         "Hires upscale": "2",

@@ -14,6 +14,7 @@ __all__ = [
     "guides_of",
     "interval",
     "of_picture",
+    "reuse_of",
     "second_pass",
     "sides",
     "size_of",
@@ -140,6 +141,23 @@ def interval(text: str | None) -> tuple[float, float] | None:
             f"--guidance-interval {text!r}: expected two noise levels, as in 0.2,5"
         ) from None
     return low, high
+
+
+def reuse_of(text: str | None) -> dict[str, int] | None:
+    """Return the reuse of features from ``3`` or ``3:2``."""
+    from mezzotint.errors import RequestError
+
+    if text is None:
+        return None
+    interval, colon, blocks = text.partition(":")
+    try:
+        fields = {"interval": int(interval)}
+        return fields | {"blocks": int(blocks)} if colon else fields
+    except ValueError:
+        raise RequestError(
+            f"--feature-reuse {text!r}: expected every how many steps, as in 3, or with the blocks"
+            " that every step computes, as in 3:2"
+        ) from None
 
 
 def sides(text: str | None) -> tuple[int, ...] | None:

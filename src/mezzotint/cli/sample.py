@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["sample"]
 
 _PICTURE, _TEXT, _SIZE = "From a picture", "Text and adapters", "Size and tiles"
+_SPEED = "Faster, and not quite the same"
 
 
 def sample(
@@ -183,6 +184,23 @@ def sample(
             "--tiled-decoding", help="Large pictures, less memory.", rich_help_panel=_SIZE
         ),
     ] = False,
+    feature_reuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[:BLOCKS]",
+            help="Compute deep features in every N-th step, and in all steps so many blocks of the"
+            " way down.",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
+    token_merging: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="Merge this share of alike tokens, 0 to 0.75, at the finest attention.",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
@@ -213,6 +231,7 @@ def sample(
         guides_of,
         interval,
         of_picture,
+        reuse_of,
         second_pass,
         sides,
         size_of,
@@ -262,6 +281,8 @@ def sample(
         "tiling": tiling or None,
         "tiled_sampling": tiled_sampling or None,
         "tiled_decoding": tiled_decoding or None,
+        "feature_reuse": reuse_of(feature_reuse),
+        "token_merging": token_merging,
         "back_projection": back_projection,
         "poisson_blending": poisson_blending,
     }

@@ -25,7 +25,8 @@ class ClassifierFreeGuidance(Generic[C]):
 
     ``D = D_null + scale * (D_cond - D_null)``, equation 6 of the paper (whose w is scale - 1) on
     estimates of the image instead of the noise; as these are linear in one another, the two are
-    the same. Both halves run as one batch.
+    the same. Both halves run as one batch. Their conditions are joined once, as long as the
+    condition stays the same object.
 
     Args:
         denoiser: ``(x, sigma, cond) -> x0``.
@@ -53,14 +54,14 @@ class ClassifierFreeGuidance(Generic[C]):
         self.scale = scale
         self.rescale = rescale
         self.interval = interval
+        self._joined: tuple[C, C] | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: C) -> Tensor:
         """Estimate the clean image under guidance; shapes as in `Denoiser`."""
         inside = self._inside(sigma)
         if self.scale == 1 or not bool(inside.any()):
             return self.denoiser(x, sigma, cond)
-        assert self.null is not None, "guidance needs a null condition"
-        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cond.cat(self.null))
+        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), self._both(cond))
         conditional, unconditional = both.chunk(2)
         guided = unconditional + self.scale * (conditional - unconditional)
         if self.rescale:
@@ -68,6 +69,12 @@ class ClassifierFreeGuidance(Generic[C]):
             contrast = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
             guided = guided * (1 + self.rescale * (contrast - 1))
         return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), guided, conditional)
+
+    def _both(self, cond: C) -> C:
+        assert self.null is not None, "guidance needs a null condition"
+        if self._joined is None or self._joined[0] is not cond:
+            self._joined = cond, cond.cat(self.null)
+        return self._joined[1]
 
     def _inside(self, sigma: Tensor) -> Tensor:
         if self.interval is None:

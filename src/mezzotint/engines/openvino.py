@@ -55,6 +55,8 @@ class OpenVinoEngine:
     name = "openvino"
     lacks: Mapping[str, str] = MappingProxyType(
         {
+            "feature_reuse": "runs a network as a whole, every time",
+            "token_merging": "runs a network as it was converted, without merging tokens",
             "guides": "computes no gradients, by which guides lead",
             "tiling": "pads with zeros only, while edges that fit together need what lies opposite",
         }
@@ -215,6 +217,7 @@ def _unet_forward(unet: UNet, run: Callable[..., Tensor]) -> Callable[..., Tenso
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
         guidance: Tensor | None = None,
+        memory: object = None,  # torch's keys and values, which this engine computes for itself
     ) -> Tensor:
         unet.check_conditions(context, vector, guidance)
         return run(x, unet.embed(timestep, vector, guidance), context, context_mask)

@@ -187,6 +187,8 @@ def _further_fields(request: GenerationRequest) -> dict[str, object | None]:
     fields["RNG"] = "CPU"  # where noise comes from; nothing said means a GPU
     if request.tiling:
         fields["Tiling"] = "True"
+    if request.token_merging:
+        fields["Token merging ratio"] = _number(request.token_merging)
     if request.eta is not None:
         fields["Eta DDIM" if request.sampler == "ddim" else "Eta"] = _number(request.eta)
     if request.emphasis != "original":

@@ -21,6 +21,7 @@ from mezzotint.generation.infotext import (
     parse_infotext,
 )
 from mezzotint.generation.request import GenerationRequest, InputImage
+from mezzotint.nn.token_merging import MOST_MERGED
 
 __all__ = ["ignored_fields", "request_from_infotext"]
 
@@ -41,6 +42,7 @@ _READ = frozenset(
         *("Variation seed", "Variation seed strength", "Denoising strength", "Clip skip"),
         *("Tiling", "Emphasis", "Hires upscale", "Hires steps", "Hires upscaler"),
         *("Hires resize-1", "Hires resize-2", "First pass size-1", "First pass size-2"),
+        "Token merging ratio",
     }
 )
 # fields that change nothing of what is drawn
@@ -119,6 +121,8 @@ def _request_fields(
     # some count it as -2 from the end, and some say 0 for the default
     data["clip_skip"] = max(1, abs(_whole(fields, "Clip skip") or 1))
     data["tiling"] = _choice(fields, "Tiling", {"True": True, "False": False})
+    if ratio := _real(fields, "Token merging ratio"):
+        data["token_merging"] = min(ratio, MOST_MERGED)  # more is asked for, and no more is done
     data["emphasis"] = _choice(fields, "Emphasis", _EMPHASES)
     data["sampler"] = _sampler(fields)
     data["spacing"] = _spacing(fields, data["sampler"])

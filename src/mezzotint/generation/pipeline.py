@@ -22,6 +22,7 @@ from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import (
     AdapterUse,
+    FeatureReuse,
     GenerationRequest,
     GuideUse,
     HighRes,
@@ -29,6 +30,7 @@ from mezzotint.generation.request import (
     LayoutBox,
     Task,
 )
+from mezzotint.generation.shared_steps import check_approximations
 from mezzotint.latent_diffusion import LatentDiffusion
 
 __all__ = ["MoreFields", "Pipeline", "load"]
@@ -69,6 +71,8 @@ class MoreFields(TypedDict, total=False):
     tiling: bool
     tiled_sampling: bool
     tiled_decoding: bool
+    feature_reuse: FeatureReuse
+    token_merging: float
     back_projection: int
     poisson_blending: bool
 
@@ -174,6 +178,7 @@ class Pipeline:
                 f"{self.name}: guidance_interval is not for a distilled model, which is told the"
                 " scale of guidance at every noise level"
             )
+        check_approximations(request, self.model.unet, self.name)
         if not isinstance(main_conditioner(self.model.conditioner), ClipConditioner):
             for name, plain in (("clip_skip", 1), ("emphasis", "original")):
                 if getattr(request, name) != plain:
@@ -285,7 +290,7 @@ class Pipeline:
             on_progress: Called with (steps done, steps in all).
             **more: Other fields of `GenerationRequest`: ``strength``, ``padding``, ``high_res``,
                 ``variation_seed``, ``guidance_interval``, ``adapters``, ``clip_skip``,
-                ``tiling``, ….
+                ``tiling``, ``feature_reuse``, ….
 
         Returns:
             Pictures with the request that draws each again.

@@ -11,6 +11,7 @@ from mezzotint.errors import ConfigError, RequestError, nearest
 
 __all__ = [
     "AdapterUse",
+    "FeatureReuse",
     "GenerationRequest",
     "GuideUse",
     "HighRes",
@@ -159,6 +160,19 @@ class HighRes(Config):
     upscaler: Literal["latent", "lanczos"] = "latent"
 
 
+class FeatureReuse(Config):
+    """Deep features of the network that several steps share (DeepCache, arXiv 2312.00858).
+
+    Attributes:
+        interval: They are computed in every so many steps, from the first on; 1 is in every one.
+        blocks: Of the network's way down, from the finest level on, how many outputs are computed
+            in every step, and on the way up one block more.
+    """
+
+    interval: Annotated[int, Field(ge=1, le=1000)]
+    blocks: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
 class ReadAs(Config):
     """What was said of a single file in place of a guess; see `mezzotint.load`."""
 
@@ -256,6 +270,10 @@ class GenerationRequest(Document):
             32 to 64 latents, that are blended at every step: for pictures far beyond that size.
         tiled_decoding: Decode in overlapping tiles: less memory for large pictures, at the price of
             slight differences.
+        feature_reuse: Take deep features of earlier steps: faster, and not quite the same picture.
+        token_merging: The share of the tokens, 0 to 0.75, that self-attention at the finest level
+            merges with similar ones (arXiv 2303.17604): faster where there are many, and not quite
+            the same picture.
         back_projection: Of super-resolution: how often what the shrunk picture lacks of the small
             one is added to it (Irani and Peleg 1991), until the two agree.
         poisson_blending: Of inpainting and outpainting: whether the colours of what was drawn are
@@ -299,6 +317,8 @@ class GenerationRequest(Document):
     tiling: bool = False
     tiled_sampling: bool = False
     tiled_decoding: bool = False
+    feature_reuse: FeatureReuse | None = None
+    token_merging: Annotated[float, Field(ge=0, le=0.75)] = 0.0
     back_projection: Annotated[int, Field(ge=0, le=100)] = 0
     poisson_blending: bool = False
     width: Annotated[int, Field(ge=1, le=16384)] | None = None
@@ -385,6 +405,16 @@ class GenerationRequest(Document):
         for name in ("tiled_sampling", "tiled_decoding"):
             if self.tiling and getattr(self, name):
                 raise ValueError(f"tiling and {name} exclude each other: tiles have edges")
+        if self.feature_reuse is not None and self.feature_reuse.interval > 1:
+            if self.tiled_sampling:
+                raise ValueError(
+                    "feature_reuse and tiled_sampling exclude each other: features are of one tile"
+                )
+            if self.guides:
+                raise ValueError(
+                    "feature_reuse and guides exclude each other: guides are taken back through"
+                    " the whole network"
+                )
         if self.tiled_sampling and self.layout is not None:
             raise ValueError("tiled_sampling: not with a layout, which says where in the whole")
         return self

@@ -26,6 +26,7 @@ from mezzotint.generation.conditions import condition_inputs, latent_mask
 from mezzotint.generation.guides import ImageEnergy, energy_of
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import GenerationRequest, HighRes
+from mezzotint.generation.shared_steps import SharedSteps
 from mezzotint.generation.tiling import decode_in_tiles, denoise_in_tiles, tile_of
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.rng import SampleNoise, VariedNoise, mix
@@ -191,8 +192,13 @@ def _sample(
     sampler, options = _sampler(pipeline, requests[0])
     sigmas = _levels(pipeline, sampler, requests[0], steps, strength)
     shape = model.latent_shape(canvas.drawn_height, canvas.drawn_width)
-    with pipeline.running(), _fixed_weights(model, active=guide is not None):
-        denoise = _denoise(pipeline, requests, canvas)
+    shared = SharedSteps(model, requests)
+    with (
+        pipeline.running(),
+        _fixed_weights(model, active=guide is not None),
+        shared.acting(),
+    ):
+        denoise = _denoise(pipeline, requests, canvas, shared)
         if guide is not None:
             denoise = _led(model, denoise, guide, canvas)
         noise = rng.normal(shape).to(device)
@@ -212,7 +218,8 @@ def _sample(
                 latent_mask(canvas.mask, shape, cover=True).to(device),
                 free_level=sigmas[0].item() if from_noise else None,
             )
-        x = sampler.function(hold or denoise, x, sigmas, rng, callback=callback, **options)
+        counted = shared.counting(callback)
+        x = sampler.function(hold or denoise, x, sigmas, rng, callback=counted, **options)
         return hold.keep(x) if hold else x
 
 
@@ -247,7 +254,12 @@ def _levels(
     return sigmas[steps - made :]
 
 
-def _denoise(pipeline: Pipeline, requests: Sequence[GenerationRequest], canvas: Canvas) -> Denoise:
+def _denoise(
+    pipeline: Pipeline,
+    requests: Sequence[GenerationRequest],
+    canvas: Canvas,
+    shared: SharedSteps,
+) -> Denoise:
     """The model under the condition and guidance of the requests."""
     model, first = pipeline.model, requests[0]
     inputs = condition_inputs(pipeline, requests, canvas)
@@ -257,7 +269,7 @@ def _denoise(pipeline: Pipeline, requests: Sequence[GenerationRequest], canvas: 
         scales = torch.full(
             (len(requests),), first.guidance_scale, device=pipeline.execution.device
         )
-        told = Denoiser(partial(model.predict, guidance=scales), model.schedule)
+        told = Denoiser(shared.network(scales), model.schedule)
         return lambda x, sigma: told(x, sigma, cond)
     # without a condition there is nothing to be guided towards
     scale = first.guidance_scale if model.conditioner.wants is not None else 1.0
@@ -267,7 +279,7 @@ def _denoise(pipeline: Pipeline, requests: Sequence[GenerationRequest], canvas: 
         null = model.conditioner(replace(inputs, captions=texts))
     elif scale != 1.0:
         null = model.conditioner(inputs, torch.ones(len(requests), dtype=torch.bool))
-    denoiser = model.denoiser
+    denoiser = Denoiser(shared.network(), model.schedule)
     if first.tiled_sampling:
         tile = tile_of(*model.latent_shape(*model.image_size)[1:])
         denoiser = partial(denoise_in_tiles, denoiser, tile=tile, overlap=tile // 4)

@@ -14,12 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mezzotint.config import Config, Count, Depth, Width
 from mezzotint.errors import RequestError
+from mezzotint.models.sampling_memory import SamplingMemory
+from mezzotint.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
 from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
-from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
+from mezzotint.nn.kept_context import KeptContext
 
 __all__ = ["UNet", "UNetConfig"]
 
+_Told = tuple[Tensor, Tensor | KeptContext | None, Tensor | None]  # time, context and its mask
 _MOST_BLOCKS = 2048  # of all levels, transformers' included; those of SDXL are 200
 
 
@@ -131,6 +134,11 @@ class UNetConfig(Config):
         """Width of the time embedding that every ResBlock gets."""
         return 4 * self.block_out_channels[0]
 
+    @property
+    def outputs_down(self) -> int:
+        """How many outputs there are on the way down, beside that of the first convolution."""
+        return len(self.block_out_channels) * (self.layers_per_block + 1) - 1
+
 
 class UNet(nn.Module):
     """Predicts the noise, the velocity or the clean latent from a noisy one.
@@ -170,16 +178,16 @@ class UNet(nn.Module):
         skips = [width := widths[0]]
         for level, out_width in enumerate(widths):
             last = level == len(widths) - 1
-            self.down_blocks.append(_DownBlock(config, level, width, downsample=not last))
+            self.down_blocks.append(DownBlock(config, level, width, downsample=not last))
             width = out_width
             skips += [width] * (config.layers_per_block + (not last))
 
-        self.mid_block = _MidBlock(config)
+        self.mid_block = MidBlock(config)
 
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             mine = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(_UpBlock(config, level, width, mine, upsample=level > 0))
+            self.up_blocks.append(UpBlock(config, level, width, mine, upsample=level > 0))
             width = widths[level]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
@@ -202,6 +210,7 @@ class UNet(nn.Module):
         context_mask: Tensor | None = None,
         vector: Tensor | None = None,
         guidance: Tensor | None = None,
+        memory: SamplingMemory | None = None,
     ) -> Tensor:
         """Predict.
 
@@ -213,6 +222,7 @@ class UNet(nn.Module):
             context_mask: ``(B, M)`` bool, true where a token is real; absent means all are.
             vector: ``(B,)`` integer class labels, or ``(B, vector_dim)``.
             guidance: ``(B,)`` guidance scales of a distilled model, 1 meaning none.
+            memory: What the calls of one sampling share.
 
         Returns:
             ``(B, out_channels, H, W)``.
@@ -221,7 +231,8 @@ class UNet(nn.Module):
             RequestError: If a condition is missing, or the model has no use for one.
         """
         self.check_conditions(context, vector, guidance)
-        return self.trunk(x, self.embed(timestep, vector, guidance), context, context_mask)
+        time = self.embed(timestep, vector, guidance)
+        return self.trunk(x, time, context, context_mask, memory)
 
     def trunk(
         self,
@@ -229,6 +240,7 @@ class UNet(nn.Module):
         time: Tensor,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        memory: SamplingMemory | None = None,
     ) -> Tensor:
         """Predict from a time that is embedded already: nearly all of the work of `forward`.
 
@@ -237,25 +249,60 @@ class UNet(nn.Module):
             time: ``(B, time_embed_dim)``, from `embed`.
             context: As for `forward`.
             context_mask: As for `forward`.
+            memory: As for `forward`.
 
         Returns:
             ``(B, out_channels, H, W)``.
         """
         mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
 
-        h = self.conv_in(x)
-        skips = [h]
+        told = time, context if memory is None else memory.context(context), mask
+        deep = None if memory is None else memory.deep
+
+        skips = [self.conv_in(x)]
+        if deep is None or deep.kept is None:
+            self._go_down(skips, told)
+            h = self._run(self.mid_block, skips[-1], *told)
+        else:
+            assert len(deep.kept) == len(x), "what is kept is of this batch"
+            self._go_down(skips, told, deep.blocks)
+            h = deep.kept
+        if deep is not None:
+            h = deep.kept = self._go_up(h, skips, told, left=deep.blocks + 1)
+        h = self._go_up(h, skips, told)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def attentions(self, level: int) -> list[SpatialTransformer | AttentionBlock]:
+        """Return the attentions of a level on both ways; 0 is the finest."""
+        blocks = self.down_blocks[level], self.up_blocks[-1 - level]
+        return [
+            module
+            for block in blocks
+            for module in block.modules()
+            if isinstance(module, SpatialTransformer | AttentionBlock)
+        ]
+
+    def _go_down(self, skips: list[Tensor], told: _Told, most: int | None = None) -> None:
+        """Add the outputs of the way down to that of the first convolution, or as many of them."""
         for block in self.down_blocks:
-            h, outputs = self._run(block, h, time, context, mask)
+            left = None if most is None else most + 1 - len(skips)
+            if left == 0:
+                break
+            _, outputs = self._run(block, skips[-1], *told, left)
             skips += outputs
-        h = self._run(self.mid_block, h, time, context, mask)
-        for block in self.up_blocks:
-            count = self.config.layers_per_block + 1
-            mine, skips = skips[-count:], skips[:-count]
+
+    def _go_up(self, h: Tensor, skips: list[Tensor], told: _Told, left: int = 0) -> Tensor:
+        """Go up until so many outputs of the way down are left, which are taken from the list."""
+        layers = self.config.layers_per_block + 1
+        while len(skips) > left:
+            level = (len(skips) - 1) // layers
+            first = (level + 1) * layers - len(skips)  # above 0 where the block was begun before
+            count = min(layers - first, len(skips) - left)
+            mine, skips[-count:] = skips[-count:], []
             # a size that was odd on the way down is met again exactly on the way up
             size = skips[-1].shape[-2:] if skips else None
-            h = self._run(block, h, mine, time, context, mask, size)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+            h = self._run(self.up_blocks[-1 - level], h, mine, *told, size, first)
+        return h
 
     def embed(
         self, timestep: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
@@ -307,137 +354,3 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
-
-
-def _resnet(
-    config: UNetConfig,
-    in_channels: int,
-    out_channels: int,
-    resample: Literal["down", "up"] | None = None,
-) -> ResnetBlock:
-    return ResnetBlock(
-        in_channels,
-        out_channels,
-        time_dim=config.time_embed_dim,
-        groups=config.norm_num_groups,
-        eps=config.norm_eps,
-        dropout=config.dropout,
-        scale_shift=config.resnet_time_scale_shift == "scale_shift",
-        resample=resample,
-    )
-
-
-def _attention(config: UNetConfig, channels: int) -> SpatialTransformer | AttentionBlock:
-    heads, groups = config.heads(channels), config.norm_num_groups
-    if config.cross_attention_dim is None:
-        return AttentionBlock(channels, heads, groups=groups, eps=config.norm_eps)
-    return SpatialTransformer(
-        channels,
-        heads,
-        config.cross_attention_dim,
-        layers=config.transformer_layers_per_block,
-        groups=groups,
-        linear=config.use_linear_projection,
-    )
-
-
-class _DownBlock(nn.Module):
-    """One level on the way down; also returns what the way up will need."""
-
-    def __init__(
-        self, config: UNetConfig, level: int, in_channels: int, *, downsample: bool
-    ) -> None:
-        super().__init__()
-        channels = config.block_out_channels[level]
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
-        for layer in range(config.layers_per_block):
-            self.resnets.append(_resnet(config, channels if layer else in_channels, channels))
-            if config.attention_levels[level]:
-                self.attentions.append(_attention(config, channels))
-        self.downsamplers = nn.ModuleList()
-        if downsample:
-            self.downsamplers.append(
-                _resnet(config, channels, channels, "down")
-                if config.resblock_updown
-                else Downsample(channels, padding=config.downsample_padding)
-            )
-
-    def forward(
-        self, h: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs: list[Tensor] = []
-        for layer, resnet in enumerate(self.resnets):
-            h = resnet(h, time)
-            if self.attentions:
-                h = self.attentions[layer](h, context, mask)
-            outputs.append(h)
-        for downsampler in self.downsamplers:
-            h = downsampler(h, time)
-            outputs.append(h)
-        return h, outputs
-
-
-class _MidBlock(nn.Module):
-    """The coarsest features: ResBlock, attention, ResBlock."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        channels = config.block_out_channels[-1]
-        self.resnets = nn.ModuleList(_resnet(config, channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([_attention(config, channels)])
-
-    def forward(
-        self, h: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        h = self.resnets[0](h, time)
-        h = self.attentions[0](h, context, mask)
-        return self.resnets[1](h, time)
-
-
-class _UpBlock(nn.Module):
-    """One level on the way up; every ResBlock takes one of the way down's outputs beside."""
-
-    def __init__(
-        self,
-        config: UNetConfig,
-        level: int,
-        in_channels: int,
-        skip_channels: list[int],
-        *,
-        upsample: bool,
-    ) -> None:
-        super().__init__()
-        channels = config.block_out_channels[level]
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
-        for layer, skip in enumerate(skip_channels):
-            self.resnets.append(
-                _resnet(config, (channels if layer else in_channels) + skip, channels)
-            )
-            if config.attention_levels[level]:
-                self.attentions.append(_attention(config, channels))
-        self.upsamplers = nn.ModuleList()
-        if upsample:
-            self.upsamplers.append(
-                _resnet(config, channels, channels, "up")
-                if config.resblock_updown
-                else Upsample(channels)
-            )
-
-    def forward(
-        self,
-        h: Tensor,
-        skips: list[Tensor],
-        time: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        size: torch.Size | None,
-    ) -> Tensor:
-        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            h = resnet(torch.cat([h, skip], dim=1), time)
-            if self.attentions:
-                h = self.attentions[layer](h, context, mask)
-        for upsampler in self.upsamplers:
-            h = upsampler(h, time, size)
-        return h

@@ -3,9 +3,15 @@
 Parameters are named as in the public diffusers checkpoints.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mezzotint.nn.kept_context import KeptContext
+from mezzotint.nn.token_merging import TokenMerging
 
 __all__ = ["Attention", "AttentionBlock", "SpatialTransformer", "TransformerBlock", "attend"]
 
@@ -65,7 +71,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, context: Tensor | KeptContext | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Attend.
 
@@ -77,12 +83,19 @@ class Attention(nn.Module):
         Returns:
             ``(B, N, dim)``.
         """
-        context = x if context is None else context
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, d)
-            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        if isinstance(context, KeptContext):
+            k, v = context.keys_values(self)
+        else:
+            k, v = self.keys_values(x if context is None else context)
+        q = self._split(self.to_q(x))
         return self.to_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``(B, heads, M, d)`` of a context ``(B, M, context_dim)``."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, d)
 
 
 class AttentionBlock(Attention):
@@ -96,19 +109,28 @@ class AttentionBlock(Attention):
         heads: Number of heads.
         groups: Groups of the normalisation.
         eps: Epsilon of the normalisation.
+
+    Attributes:
+        merging: While set, attention is by merged tokens.
     """
 
     def __init__(self, channels: int, heads: int, *, groups: int, eps: float) -> None:
         super().__init__(channels, heads, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.merging: TokenMerging | None = None
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, context: Tensor | KeptContext | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Map ``(B, C, H, W)`` to the same shape; it takes no context."""
         assert context is None, "plain attention has no context"
         tokens = _map_to_tokens(self.group_norm(x))
-        return x + _tokens_to_map(super().forward(tokens, None, mask), x.shape)
+        if self.merging is None:
+            attended = super().forward(tokens, None, mask)
+        else:
+            assert mask is None, "merged tokens have no mask"
+            attended = self.merging(super().forward, tokens, x.shape[2:])
+        return x + _tokens_to_map(attended, x.shape)
 
 
 class GEGLU(nn.Module):
@@ -135,6 +157,10 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+SelfAttention = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""``merge(attend, tokens (B, N, C)) -> (B, N, C)``"""
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a GEGLU MLP, each on normalised tokens with a residual.
 
@@ -153,9 +179,23 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map ``(B, N, dim)`` and a context ``(B, M, context_dim)`` to ``(B, N, dim)``."""
-        x = x + self.attn1(self.norm1(x))
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | KeptContext,
+        mask: Tensor | None = None,
+        merge: SelfAttention | None = None,
+    ) -> Tensor:
+        """Map ``(B, N, dim)`` and a context ``(B, M, context_dim)`` to ``(B, N, dim)``.
+
+        Args:
+            x: Tokens.
+            context: What they attend to, after themselves.
+            mask: See `Attention`.
+            merge: How to let tokens attend to themselves; by default, as they are.
+        """
+        tokens = self.norm1(x)
+        x = x + (self.attn1(tokens) if merge is None else merge(self.attn1, tokens))
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
@@ -171,6 +211,9 @@ class SpatialTransformer(nn.Module):
         groups: Groups of the normalisation.
         linear: Whether the projections in and out are stored as linear layers (Stable Diffusion
             2) or as convolutions of size 1.
+
+    Attributes:
+        merging: While set, self-attention is by merged tokens.
     """
 
     def __init__(
@@ -185,6 +228,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
+        self.merging: TokenMerging | None = None
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -194,7 +238,9 @@ class SpatialTransformer(nn.Module):
             nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         )
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | KeptContext, mask: Tensor | None = None
+    ) -> Tensor:
         """Map ``(B, C, H, W)`` and a context ``(B, M, d)`` to ``(B, C, H, W)``.
 
         Args:
@@ -204,8 +250,9 @@ class SpatialTransformer(nn.Module):
         """
         h = self.norm(x).contiguous(memory_format=torch.channels_last)
         h = self.proj_in(_map_to_tokens(h)) if self.linear else _map_to_tokens(self.proj_in(h))
+        merge = None if self.merging is None else partial(self.merging, size=x.shape[2:])
         for block in self.transformer_blocks:
-            h = block(h, context, mask)
+            h = block(h, context, mask, merge)
         if self.linear:
             return x + _tokens_to_map(self.proj_out(h), x.shape)
         return x + self.proj_out(_tokens_to_map(h, x.shape))
