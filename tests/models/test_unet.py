@@ -1,11 +1,13 @@
 """The UNet by what must hold whatever its weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mezzotint.checkpoints.folder import load_component, save_component
 from mezzotint.errors import ConfigError, RequestError
 from mezzotint.models import UNet, UNetConfig
 
@@ -102,6 +104,34 @@ def test_bf16_autocast_stays_near_float32_with_gradients_and_without() -> None:
     # 8 bits a rounding (2**-9 each), through about thirty layers that partly cancel
     for out in (training, drawing):
         assert (out - exact).norm() / exact.norm() < 0.03
+
+
+@torch.no_grad()
+def test_with_coordinates_a_network_knows_where_it_is() -> None:
+    """Far from the edges, what is the same elsewhere is told apart; sizes may be any."""
+    alone: dict[str, Any] = {"attention_levels": (False, False), "cross_attention_dim": None}
+    alone |= {"block_out_channels": (16,), "attention_levels": (False,)}
+    x = torch.zeros(1, 4, 64, 64)
+    apart: list[float] = []
+    for channels in (0, 8):
+        unet = build(**alone, coordinate_channels=channels)
+        unet.mid_block = torch.nn.Identity()  # whose attention sees the edges
+        unet.mid_block.forward = lambda h, *_: h
+        out = unet(x, TIME[:1])[0, :, 24:40, 24:40]
+        apart.append(float(out.std(dim=(1, 2)).max()))
+    assert apart[0] < 1e-5 < 1e-2 < apart[1]
+    assert unet(torch.zeros(1, 4, 8, 24), TIME[:1]).shape == (1, 4, 8, 24)
+
+
+def test_coordinates_round_trip_in_a_folder(tmp_path: Path) -> None:
+    for dim in (12, None):
+        unet = build(coordinate_channels=4, cross_attention_dim=dim)
+        save_component(unet, tmp_path / str(dim))
+        again = load_component(tmp_path / str(dim))
+        assert again.config == unet.config and again.conv_in.weight.shape[1] == 8
+        context = None if dim is None else CONTEXT
+        with torch.no_grad():
+            assert torch.equal(again.eval()(X, TIME, context), unet(X, TIME, context))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def describe(model: LatentDiffusion, scale_factor: float, path: Path) -> Describ
     """
     if isinstance(model.schedule_config, FlowScheduleConfig):
         raise _no_place("rectified flow", path)
+    if model.unet.config.coordinate_channels:
+        raise _no_place("network that is told places (coordinate_channels)", path)
     main, spatial = _conditioners(model.conditioner)
     kinds = _kind(main, path), _kind(spatial, path)
     family = family_of_parts(*kinds)

@@ -115,7 +115,7 @@ def _read_heads(keys: Keys, widths: list[int], attention: list[bool]) -> dict[st
 
 def write_conditional_unet(config: UNetConfig) -> dict[str, Any] | None:
     """Translate to ``UNet2DConditionModel``, or return None if it cannot express this UNet."""
-    if config.cross_attention_dim is None or config.resblock_updown:
+    if config.cross_attention_dim is None or config.resblock_updown or config.coordinate_channels:
         return None
     heads: int | list[int] | None = config.num_attention_heads
     if config.attention_head_dim is not None:
@@ -191,6 +191,8 @@ def write_plain_unet(config: UNetConfig) -> dict[str, Any] | None:
     if config.cross_attention_dim is not None:
         return None
     if config.vector_dim is not None or config.guidance_embed_dim is not None:
+        return None
+    if config.coordinate_channels:
         return None
     head_dim = config.attention_head_dim
     if config.num_attention_heads not in (None, 1):

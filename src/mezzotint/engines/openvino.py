@@ -90,6 +90,10 @@ class OpenVinoEngine:
             CheckpointError: If a converted network cannot be written.
         """
         unet, first_stage = model.unet, model.first_stage
+        if unet.config.coordinate_channels:
+            raise RequestError(
+                f"the engine 'openvino' runs no network with coordinate_channels yet; {_INSTEAD}"
+            )
         run = self._network("UNet", unet, _Trunk(unet), unet.config)
         with ExitStack() as stack:
             stack.enter_context(_in_place_of(unet, _unet_forward(unet, run)))

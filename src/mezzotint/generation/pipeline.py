@@ -171,6 +171,11 @@ class Pipeline:
                     " engine torch (--engine torch)"
                 )
         distilled = self.model.unet.config.guidance_embed_dim is not None
+        if request.tiled_sampling and self.model.unet.config.coordinate_channels:
+            raise RequestError(
+                f"{self.name}: tiled_sampling is not for a network that is told where a position"
+                " lies between the edges, which tiles have not"
+            )
         if request.tiled_sampling and distilled:
             raise RequestError(f"{self.name}: tiled_sampling is not for distilled models yet")
         if request.guidance_interval is not None and distilled:

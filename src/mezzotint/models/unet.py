@@ -17,7 +17,7 @@ from mezzotint.errors import RequestError
 from mezzotint.models.sampling_memory import SamplingMemory
 from mezzotint.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
-from mezzotint.nn.embeddings import TimestepEmbedding, timestep_embedding
+from mezzotint.nn.embeddings import TimestepEmbedding, coordinates, timestep_embedding
 from mezzotint.nn.kept_context import KeptContext
 
 __all__ = ["UNet", "UNetConfig"]
@@ -48,6 +48,10 @@ class UNetConfig(Config):
         resblock_updown: Change resolution by ResBlocks in place of convolutions.
         downsample_padding: 1 pads every side, 0 only right and bottom.
         num_class_embeds: Number of class labels, a null among them, if it is told classes.
+        coordinate_channels: Sines and cosines of where a position lies between top and bottom and
+            between left and right, that are concatenated to the input; a multiple of 4, 0 for
+            none. Without them a network knows places by the padding of its edges alone (Liu et al.
+            2018, arXiv 1807.03247).
         vector_dim: Width of a vector that is added to the time embedding through an MLP.
         guidance_embed_dim: Width of the embedding of the guidance scale in a distilled model.
         norm_num_groups: Groups of every group normalisation.
@@ -74,6 +78,7 @@ class UNetConfig(Config):
     resblock_updown: bool = False
     downsample_padding: Literal[0, 1] = 1
     num_class_embeds: Count | None = None
+    coordinate_channels: int = Field(0, ge=0, le=256, multiple_of=4)
     vector_dim: Width | None = None
     guidance_embed_dim: Width | None = None
     norm_num_groups: PositiveInt = 32
@@ -164,7 +169,8 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
         widths, time_dim = config.block_out_channels, config.time_embed_dim
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        entering = config.in_channels + config.coordinate_channels
+        self.conv_in = nn.Conv2d(entering, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(
             widths[0], time_dim, condition_dim=config.guidance_embed_dim
         )
@@ -259,6 +265,9 @@ class UNet(nn.Module):
         told = time, context if memory is None else memory.context(context), mask
         deep = None if memory is None else memory.deep
 
+        if channels := self.config.coordinate_channels:
+            places = coordinates(x.shape[-2], x.shape[-1], channels, device=x.device)
+            x = torch.cat([x, places.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
         skips = [self.conv_in(x)]
         if deep is None or deep.kept is None:
             self._go_down(skips, told)

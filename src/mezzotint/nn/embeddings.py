@@ -1,4 +1,4 @@
-"""Sinusoidal embeddings of time, and the MLP that follows them."""
+"""Sinusoidal embeddings of time and of place, and the MLP that follows them."""
 
 import math
 
@@ -6,7 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["TimestepEmbedding", "timestep_embedding"]
+__all__ = ["TimestepEmbedding", "coordinates", "timestep_embedding"]
+
+
+def coordinates(
+    height: int, width: int, channels: int, device: torch.device | None = None
+) -> Tensor:
+    """Embed places between the edges as sines and cosines, of a map of any size.
+
+    Args:
+        height: Of the map.
+        width: Of the map.
+        channels: A multiple of 4: sines and cosines of both axes, whose wavelengths are 4, 2, 1, …
+            times the side.
+        device: Where to.
+
+    Returns:
+        ``(1, channels, height, width)`` float32 in -1..1.
+
+    Example:
+        >>> coordinates(2, 4, 4)[0, 0]  # the sine of the height
+        tensor([[0.3827, 0.3827, 0.3827, 0.3827],
+                [0.9239, 0.9239, 0.9239, 0.9239]])
+    """
+    waves = math.pi / 2 * 2.0 ** torch.arange(channels // 4, device=device)[:, None, None]
+    y = (torch.arange(height, device=device) + 0.5) / height
+    x = (torch.arange(width, device=device) + 0.5) / width
+    angles = [waves * part.expand(height, width) for part in (y[:, None], x)]
+    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())])[None]
 
 
 def timestep_embedding(
