@@ -86,7 +86,11 @@ def test_from_training_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hybrid.further["largest change outside the mask (of 255)"] == 0.0
     assert layout.pictures == 3 and layout.steps >= 1
     text = write_report(output).read_text()
-    assert text.count("| layout |") == 2 and text.count("| hybrid |") == 4
+    assert text.count("| layout |") == 2
+    assert text.count("| hybrid (begun from the model of text) |") == 2
+    numbers = {name.removesuffix(", the object hidden") for name in hybrid.further}
+    assert len(hybrid.further) == 2 * len(numbers) == text.count("| hybrid |")
+    assert hybrid.initial == "text" and (work / "text" / "model").is_dir()
     led = read_guided(output / "guided.json")
     assert (led.targets, led.each, led.side) == (2, 4, 8)
     assert led.between_guided > 0 and led.to_true_draw > 0 and led.diversity_left > 0
