@@ -119,6 +119,39 @@ def test_a_stop_is_saved_after_a_run_went_back_behind_where_it_was_resumed(tmp_p
     ]
 
 
+def test_a_way_back_that_is_damaged_all_along_ends_with_the_report(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, "run", Console(quiet=True))
+    execution = select_precision("float32", torch.device("cpu"))
+    config = HealthConfig(arithmetic=False)
+
+    def trained(health: Health, stop_after: int) -> None:
+        run_loop(
+            Counting(),
+            folder=tmp_path,
+            budget=BudgetConfig(max_steps=100),
+            run=RunConfig(log_steps=2, **NEVER),
+            log=log,
+            health=health,
+            checkpoint=newest_checkpoint(tmp_path / "checkpoints")[0],
+            stop_after=stop_after,
+        )
+
+    trained(Health(config, log, execution, images_per_step=8, facts=FACTS), stop_after=4)
+    watching = Health(config, log, execution, images_per_step=8, facts=FACTS)
+
+    def observe(first: int, last: int, values: Any) -> Trouble:
+        for file in (tmp_path / "checkpoints" / "step-4").iterdir():
+            file.write_bytes(b"")
+        return Trouble(last, 4, "it rises", "lower it")
+
+    monkeypatch.setattr(watching, "observe", observe)
+    with pytest.raises(TrainingError, match="it rises"):
+        trained(watching, stop_after=4)
+    log.close()
+    assert "it rises" in (tmp_path / "report.md").read_text()
+    assert "passed by a damaged checkpoint" in (tmp_path / "log.txt").read_text()
+
+
 def test_weights_that_are_lost_are_not_measured(tiny, tmp_path, monkeypatch):
     """Between two rows of the log, an evaluation is due after they became no numbers."""
     real = AutoencoderTask.train_step

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mezzotint.errors import TrainingError
+from mezzotint.errors import CheckpointError, TrainingError
 from mezzotint.training.batches import Batches
 from mezzotint.training.callbacks import Callback
 from mezzotint.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
@@ -321,8 +321,11 @@ class _Loop:
         health, task = self.health, self.task
         good, damaged = self.begun, list[str]()
         if good is None or self.saved_first <= trouble.since:
-            place = self.folder / "checkpoints"
-            good, damaged = newest_checkpoint(place, self.ranks, trouble.since)
+            good, place = None, self.folder / "checkpoints"
+            try:
+                good, damaged = newest_checkpoint(place, self.ranks, trouble.since)
+            except CheckpointError as error:  # the run ends by its report, not by this alone
+                damaged = [str(error)]
         for sentence in damaged:
             self.log.event(f"passed by a damaged checkpoint: {sentence}")
         samples: list[Sample] = []
