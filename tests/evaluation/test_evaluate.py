@@ -22,6 +22,7 @@ from mezzotint.evaluation.drawing import spread, targets_of
 from mezzotint.evaluation.metrics import retrieval
 from mezzotint.evaluation.pictures import EmojiPictures, PictureFolder
 from mezzotint.evaluation.protocol import EvaluationProtocol
+from mezzotint.generation.request import FeatureReuse
 from mezzotint.models.features import load_features
 
 Write = Callable[..., Path]
@@ -129,6 +130,25 @@ def test_a_model_draws_what_generate_draws(
         shown = sheet[top : top + 16, left : left + 16].astype(int)
         assert np.abs(shown - np.asarray(alone[0].image)).max() <= 1  # other rows in its batch
     assert len(list((work / "evaluated").glob("*.safetensors"))) == 3
+
+
+def test_pictures_can_be_drawn_faster_and_the_card_says_so(
+    tmp_path: Path, text_run: Path, protocol: EvaluationProtocol
+) -> None:
+    real = EmojiDataConfig(names=("red-apple", "bus", "cloud", "key", "panda", "sun"))
+    faster = {"guidance_interval": (0.5, 5.0), "feature_reuse": {"interval": 2}}
+    cards = [
+        evaluate(text_run, real, protocol, samples=12, steps=4, guidance_scale=2.0, **more)
+        for more in ({}, faster)
+    ]
+    plain, fast = (card.drawn_with for card in cards)
+    assert plain is not None and fast is not None
+    assert plain.feature_reuse is None and plain.guidance_interval is None
+    assert fast.feature_reuse == FeatureReuse(interval=2)
+    assert fast.guidance_interval == (0.5, 5.0)
+    assert cards[0].numbers != cards[1].numbers
+    cards[1].write(tmp_path / "card.json")
+    assert EvaluationCard.read(tmp_path / "card.json") == cards[1]
 
 
 def test_a_pipeline_in_memory_and_its_folder_give_the_same(

@@ -59,7 +59,17 @@ def evaluate(
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--guidance", help="1 is no guidance.")
     ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(metavar="LOW,HIGH", help="Noise levels outside which there is none."),
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="Fresh noise of ddim and its kin.")] = None,
+    feature_reuse: Annotated[
+        str | None, typer.Option(metavar="N[:BLOCKS]", help="As of mezzotint sample.")
+    ] = None,
+    token_merging: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="As of mezzotint sample.")
+    ] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,6 +95,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model or a folder of pictures; run it again to go on where it was stopped."""
+    from mezzotint.cli.asked import interval, reuse_of
     from mezzotint.evaluation.card import EvaluationCard
     from mezzotint.evaluation.evaluate import default_protocol
     from mezzotint.evaluation.evaluate import evaluate as measure
@@ -127,7 +138,10 @@ def evaluate(
             sampler=sampler,
             spacing=spacing,
             guidance_scale=guidance_scale,
+            guidance_interval=interval(guidance_interval),
             eta=eta,
+            feature_reuse=reuse_of(feature_reuse),
+            token_merging=token_merging,
         )
 
 

@@ -15,6 +15,7 @@ from mezzotint.checkpoints.folder import write_atomically
 from mezzotint.config import Config, Document
 from mezzotint.errors import DataError
 from mezzotint.evaluation.protocol import EvaluationProtocol
+from mezzotint.generation.request import FeatureReuse
 
 __all__ = [
     "Cost",
@@ -91,7 +92,10 @@ class DrawnWith(Config):
         spacing: Of its noise levels.
         guidance_scale: 1 is no guidance.
         guidance_rescale: In [0, 1].
+        guidance_interval: Noise levels outside which there was no guidance; None is everywhere.
         eta: Fresh noise of the DDIM family; None is the sampler's default.
+        feature_reuse: In which steps deep features were those of another; None is in no step.
+        token_merging: The share of tokens that were merged.
         precision: What was computed in.
         engine: What ran the networks.
         device: torch's name for the kind of device.
@@ -108,7 +112,10 @@ class DrawnWith(Config):
     spacing: str
     guidance_scale: float
     guidance_rescale: float
+    guidance_interval: tuple[float, float] | None = None
     eta: float | None
+    feature_reuse: FeatureReuse | None = None
+    token_merging: float = 0.0
     precision: str
     engine: str = "torch"
     device: str

@@ -20,7 +20,7 @@ from mezzotint.evaluation.card import DrawnWith, PictureRecord
 from mezzotint.evaluation.pictures import evenly
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.pipeline import Pipeline, load
-from mezzotint.generation.request import GenerationRequest
+from mezzotint.generation.request import FeatureReuse, GenerationRequest
 
 __all__ = ["Drawing", "DrawnPictures", "conditions_of", "emoji_labels", "spread", "targets_of"]
 
@@ -37,7 +37,10 @@ class Drawing(Config):
     spacing: str | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     eta: float | None = None
+    feature_reuse: FeatureReuse | None = None
+    token_merging: float | None = None
 
 
 class DrawnPictures:
@@ -93,7 +96,10 @@ class DrawnPictures:
             spacing=spacing,
             guidance_scale=first.guidance_scale,
             guidance_rescale=first.guidance_rescale,
+            guidance_interval=first.guidance_interval,
             eta=first.eta,
+            feature_reuse=first.feature_reuse,
+            token_merging=first.token_merging,
             precision=precision_name(self.pipeline.execution.precision),
             engine=self.pipeline.engine.name,
             device=self.pipeline.execution.device.type,

@@ -104,7 +104,8 @@ def evaluate(
             raises, the work stays.
         on_progress: Called with what is done in words, pictures done, and pictures in all.
         **drawing: How a model draws: ``seed``, ``steps``, ``sampler``, ``spacing``,
-            ``guidance_scale``, ``guidance_rescale``, ``eta``.
+            ``guidance_scale``, ``guidance_rescale``, ``guidance_interval``, ``eta``,
+            ``feature_reuse``, ``token_merging``.
 
     Returns:
         The numbers, with all that one must know to compare them.

@@ -38,7 +38,18 @@ _LOOKED_AT = 8  # real pictures before training
 _PREFERRED: tuple[Metric, ...] = ("kid", "fid", "lpips")
 _NAME = re.compile(r"\.?step-(\d+)(\.json)?")
 # with which a better number says nothing of the model, where they differ
-_DRAWING = ("seed", "steps", "sampler", "spacing", "guidance_scale", "guidance_rescale", "eta")
+_DRAWING = (
+    "seed",
+    "steps",
+    "sampler",
+    "spacing",
+    "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
+    "eta",
+    "feature_reuse",
+    "token_merging",
+)
 
 
 def _preferred(metrics: Sequence[Metric]) -> Metric:
