@@ -1,6 +1,7 @@
-"""The judges of the study, trained once on real scenes and kept."""
+"""The judges of the study, each trained on real scenes when it is first asked, and kept."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mezzotint.data.base import Example
 from mezzotint.data.scenes import ScenesData, ScenesDataConfig
 from mezzotint.errors import ConfigError
 from mezzotint.evaluation.judges import (
@@ -19,10 +21,9 @@ from mezzotint.evaluation.judges import (
 )
 from mezzotint.evaluation.metrics import image_features
 from mezzotint.models.features import load_features
-from mezzotint.studies.conditions.measures import Judges
 from mezzotint.training.run import load_recipe
 
-__all__ = ["MANY", "SINGLE", "judge_singles", "open_judges", "scenes_of"]
+__all__ = ["MANY", "SINGLE", "Judges", "judge_singles", "scenes_of"]
 
 # recipes whose scenes the judges are trained for: one large object, or some smaller ones
 SINGLE, MANY = "emoji-class", "emoji-layout"
@@ -50,38 +51,80 @@ def scenes_of(
     return ScenesData(ScenesDataConfig.from_dict({**config.to_dict(), **asked}, recipe))
 
 
-def open_judges(path: Path, on_progress: Callable[[int, int], None] | None = None) -> Judges:
-    """Train the judges, or read those that were trained before.
+class Judges:
+    """What says what a picture shows.
 
-    They see training scenes of another seed than the models do.
+    Each judge is trained at first use, or read where it was kept. They see training scenes of
+    another seed than the models do.
 
     Args:
-        path: Where they are kept, as safetensors.
-        on_progress: Called with (steps done, steps in all) of the longest training.
+        folder: Where they are kept, as safetensors.
+        say: Told in words which judge is trained now.
     """
-    single, many = (len(scenes_of(r, "train", 1).class_names) for r in (SINGLE, MANY))
-    width = load_features("mobilenet-v2").dim
-    if path.is_file():
-        tensors = safetensors.torch.load_file(path)
-        whole, part = Classifier(width, single), Classifier(width, many)
-        segmenter = Segmenter(1 + many)
-        for name, network in (("whole", whole), ("part", part), ("segmenter", segmenter)):
-            head = f"{name}."
-            network.load_state_dict(
-                {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
-            )
-            network.eval()
-        return Judges(whole, part, segmenter, tensors["prototypes"])
-    judges = _train(many, on_progress)
-    tensors = {"prototypes": judges.prototypes}
-    for name in ("whole", "part", "segmenter"):
-        state = getattr(judges, name).state_dict()
-        tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file(tensors, temporary)
-    temporary.replace(path)
-    return judges
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self._folder, self._say = folder, say
+
+    @property
+    def whole(self) -> Classifier:
+        """Of single objects, large in the picture."""
+        return self._singles[0]
+
+    @property
+    def prototypes(self) -> Tensor:
+        """``(classes, d)`` mean features of real pictures of each class."""
+        return self._singles[1]
+
+    @functools.cached_property
+    def part(self) -> Classifier:
+        """Of objects that were cut out of scenes."""
+        classes = _classes(MANY)
+        judge = Classifier(load_features("mobilenet-v2").dim, classes)
+        if (kept := self._kept("part")) is not None:
+            judge.load_state_dict(kept)
+            return judge.eval()
+        self._say("training the judge of objects in scenes")
+        judge = _train_part(classes)
+        self._keep("part", judge.state_dict())
+        return judge
+
+    @functools.cached_property
+    def segmenter(self) -> Segmenter:
+        """Of scenes; class 0 is the background."""
+        judge = Segmenter(1 + _classes(MANY))
+        if (kept := self._kept("segmenter")) is not None:
+            judge.load_state_dict(kept)
+            return judge.eval()
+        self._say("training the segmenter, which takes some minutes")
+        examples = _scenes(_SCENES)
+        maps = torch.stack([e.map for e in examples if e.map is not None])
+        pictures = torch.stack([e.image for e in examples])
+        judge = train_segmenter(pictures, maps, judge.out.out_channels)
+        self._keep("segmenter", judge.state_dict())
+        return judge
+
+    @functools.cached_property
+    def _singles(self) -> tuple[Classifier, Tensor]:
+        judge = Classifier(load_features("mobilenet-v2").dim, _classes(SINGLE))
+        if (kept := self._kept("whole")) is not None:
+            prototypes = kept.pop("prototypes")
+            judge.load_state_dict(kept)
+            return judge.eval(), prototypes
+        self._say("training the judge of single objects")
+        judge, prototypes = judge_singles()
+        self._keep("whole", {**judge.state_dict(), "prototypes": prototypes})
+        return judge, prototypes
+
+    def _kept(self, name: str) -> dict[str, Tensor] | None:
+        path = self._folder / f"{name}.safetensors"
+        return safetensors.torch.load_file(path) if path.is_file() else None
+
+    def _keep(self, name: str, state: Mapping[str, Tensor]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f".{name}.tmp"
+        tensors = {key: value.contiguous() for key, value in state.items()}
+        safetensors.torch.save_file(tensors, temporary)
+        temporary.replace(self._folder / f"{name}.safetensors")
 
 
 def judge_singles() -> tuple[Classifier, Tensor]:
@@ -95,19 +138,22 @@ def judge_singles() -> tuple[Classifier, Tensor]:
     return whole, torch.stack([features[labels == k].mean(0) for k in range(classes)])
 
 
-def _train(many: int, on_progress: Callable[[int, int], None] | None) -> Judges:
-    whole, prototypes = judge_singles()
+def _classes(recipe: str) -> int:
+    return len(scenes_of(recipe, "train", 1).class_names)
+
+
+def _scenes(count: int) -> list[Example]:
+    """The first of the scenes that the judges of many objects see."""
     data = scenes_of(MANY, "train", _SCENES, seed=1)
-    examples = [data.load(k) for k in range(_SCENES)]
+    return [data.load(k) for k in range(count)]
+
+
+def _train_part(classes: int) -> Classifier:
     cut: list[Tensor] = []
-    cut_labels: list[int] = []
-    for example in examples[:_SINGLES]:
+    labels: list[int] = []
+    for example in _scenes(_SINGLES):
         image = example.image.float() / 127.5 - 1.0
         for box in example.boxes or ():
             cut.append(crop_to_box(image, box, image.shape[-1]))
-            cut_labels.append(box.label)
-    part = train_classifier(torch.stack(cut), torch.tensor(cut_labels), many)
-    maps = torch.stack([e.map for e in examples if e.map is not None])
-    pictures = torch.stack([e.image for e in examples])
-    segmenter = train_segmenter(pictures, maps, 1 + many, on_progress=on_progress)
-    return Judges(whole, part, segmenter, prototypes)
+            labels.append(box.label)
+    return train_classifier(torch.stack(cut), torch.tensor(labels), classes)

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from mezzotint.data.base import Example
 from mezzotint.data.degradation import bicubic_down
 from mezzotint.evaluation.judges import (
-    Classifier,
-    Segmenter,
     box_iou,
     box_of_class,
     crop_to_box,
@@ -20,28 +18,12 @@ from mezzotint.evaluation.judges import (
 )
 from mezzotint.evaluation.metrics import image_features, perceptual_metric, psnr, retrieval
 from mezzotint.models.features import load_features
+from mezzotint.studies.conditions.judging import Judges
 from mezzotint.training.conditions import Told
 
-__all__ = ["MEASURES", "Asked", "Judges", "Measure", "diffusion_fill", "further_numbers"]
+__all__ = ["MEASURES", "Asked", "Measure", "diffusion_fill", "further_numbers"]
 
 Part = Literal["main", "spatial"]
-
-
-@dataclass(frozen=True, eq=False)
-class Judges:
-    """What says what a picture shows.
-
-    Attributes:
-        whole: Of single objects, large in the picture.
-        part: Of objects that were cut out of scenes.
-        segmenter: Of scenes; class 0 is the background.
-        prototypes: ``(classes, d)`` mean features of real pictures of each class.
-    """
-
-    whole: Classifier
-    part: Classifier
-    segmenter: Segmenter
-    prototypes: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,11 +25,10 @@ from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.sampling import to_images
 from mezzotint.rng import keyed_generator
 from mezzotint.studies.conditions.guided import measure_guided
-from mezzotint.studies.conditions.judging import open_judges, scenes_of
+from mezzotint.studies.conditions.judging import Judges, scenes_of
 from mezzotint.studies.conditions.measures import (
     MEASURES,
     Asked,
-    Judges,
     Measure,
     further_numbers,
 )
@@ -148,15 +147,7 @@ class _Runner:
         self.output, self.work, self.pictures = output, work, pictures
         self.common, self.device, self.console = common, device, console
         self.execution = select_precision("auto", select_device(device))
-        self._judges: Judges | None = None
-
-    @property
-    def judges(self) -> Judges:
-        """The judges, trained at first use."""
-        if self._judges is None:
-            self._say("training the judges, if that is not done")
-            self._judges = open_judges(self.work / "judges.safetensors")
-        return self._judges
+        self.judges = Judges(work / "judges", self._say)
 
     def condition(self, name: str) -> None:
         """Train a model if that is not done, and measure it."""
