@@ -13,14 +13,7 @@ from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
-from mezzotint.device import (
-    Execution,
-    autocast,
-    keep_freed_memory,
-    packs_weights,
-    select_device,
-    select_precision,
-)
+from mezzotint.device import Execution, autocast, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
 from mezzotint.engines.select import Engine, TorchEngine, select_engine
 from mezzotint.errors import RequestError
@@ -39,7 +32,6 @@ from mezzotint.generation.request import (
 )
 from mezzotint.generation.shared_steps import check_approximations
 from mezzotint.latent_diffusion import LatentDiffusion
-from mezzotint.nn.packed import pack
 
 __all__ = ["MoreFields", "Pipeline", "load"]
 
@@ -402,9 +394,6 @@ def load(
         weights=weights,
     )
     pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs)
-    if isinstance(runs, TorchEngine) and packs_weights(execution)[0]:
-        for network in (pipeline.model.unet, pipeline.model.first_stage):
-            pack(network, execution.precision)
-    if execution.device.type == "cpu":
-        keep_freed_memory()  # not before: weights that were exchanged go back to the system
+    if isinstance(runs, TorchEngine):
+        runs.prepare(pipeline.model, execution)
     return pipeline
