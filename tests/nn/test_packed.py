@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezzotint.nn.packed import PackedConv2d, PackedLinear, PackedUpsample, pack, weight_shape
+from mezzotint.nn.packed import (
+    PackedConv2d,
+    PackedLinear,
+    PackedUpsample,
+    WinogradConv2d,
+    pack,
+    weight_shape,
+)
 from mezzotint.nn.resnet import Upsample
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -207,3 +214,45 @@ def test_small_layers_and_layers_of_another_class_stay_as_they_are() -> None:
 def test_networks_that_train_are_not_packed() -> None:
     with pytest.raises(AssertionError, match="for inference"):
         pack(nn.Linear(64, 64), torch.float32)
+
+
+@torch.no_grad()
+def test_wide_convolutions_of_size_3_run_by_winograd_s_algorithm_if_asked() -> None:
+    def wide(channels: int = 256, **more: Any) -> nn.Conv2d:
+        return nn.Conv2d(256, channels, **{"kernel_size": 3, "padding": 1, **more})
+
+    torch.manual_seed(0)
+    others = [wide(128), wide(stride=2), wide(kernel_size=1, padding=0), wide(padding=0)]
+    network = nn.ModuleList([wide(), *others]).eval()
+    x = draw(1, 256, 6, 8)
+    plain = [layer(x) for layer in network]
+    state = copy.deepcopy(network.state_dict())
+    half = copy.deepcopy(network).to(torch.bfloat16)
+    pack(network, torch.float32, winograd=True)
+    pack(half, torch.bfloat16, winograd=True)
+    assert [type(layer) for layer in network] == [WinogradConv2d] + 4 * [PackedConv2d]
+    assert {type(layer) for layer in half} == {PackedConv2d}
+    for layer, right in zip(network, plain, strict=True):
+        assert torch.allclose(layer(x), right, atol=1e-5)
+    assert equal_states(network.state_dict(), state)
+    assert torch.equal(copy.deepcopy(network)[0](x), plain[0])
+    network.train()
+    assert type(network[0]) is nn.Conv2d
+    assert torch.equal(network[0](x), plain[0])
+
+
+def test_winograd_s_algorithm_leaves_odd_sizes_gradients_and_other_paddings_to_the_others() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(256, 256, 3, padding=1)).eval()
+    odd, even = draw(1, 256, 5, 6), draw(1, 256, 4, 6).requires_grad_()
+    for mode in ("zeros", "circular"):
+        plain = copy.deepcopy(layer)
+        plain[0].padding_mode = mode
+        packed = copy.deepcopy(plain)
+        pack(packed, torch.float32, winograd=True)
+        assert type(packed[0]) is WinogradConv2d
+        with torch.no_grad():
+            for x in (odd, even):
+                assert torch.allclose(packed(x), plain(x), atol=1e-5)
+        gradients = [torch.autograd.grad(n(even).square().sum(), even)[0] for n in (plain, packed)]
+        assert torch.allclose(*gradients, atol=1e-4)

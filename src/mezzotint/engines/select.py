@@ -9,6 +9,7 @@ from mezzotint.device import Execution, keep_freed_memory, packs_weights
 from mezzotint.engines.openvino import OpenVinoEngine
 from mezzotint.errors import ConfigError, nearest
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.models.autoencoder import IdentityFirstStage
 from mezzotint.nn.packed import pack
 
 __all__ = ["ENGINES", "Engine", "TorchEngine", "select_engine"]
@@ -59,8 +60,11 @@ class TorchEngine:
             execution: Device and precision.
         """
         if packs_weights(execution)[0]:
-            for network in (model.unet, model.first_stage):
-                pack(network, execution.precision)
+            pack(model.unet, execution.precision)
+            if not isinstance(model.first_stage, IdentityFirstStage):
+                # whose weights are few beside the features of a picture
+                pack(model.first_stage.decoder, execution.precision, winograd=True)
+            pack(model.first_stage, execution.precision)
         if execution.device.type == "cpu":
             keep_freed_memory()  # not before: weights that were exchanged go back to the system
 
