@@ -5,9 +5,12 @@ import torch
 
 from mezzotint import device as device_module
 from mezzotint.device import (
+    Execution,
     autocast,
     bf16_instructions,
+    drawing_reasons,
     memory_total,
+    packs_weights,
     precision_name,
     select_device,
     select_precision,
@@ -119,3 +122,43 @@ def test_a_cuda_device_tells_its_name_memory_and_precision() -> None:
     with autocast(execution):
         x = torch.ones(2, 2, device="cuda")
         assert (x @ x).dtype is execution.precision
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "told"),
+    [
+        ("cuda", torch.bfloat16, "packing is for processors, not cuda"),
+        ("cpu", torch.float64, "oneDNN packs none in float64"),
+        ("cpu", torch.bfloat16, "bfloat16 is emulated here"),
+    ],
+)
+def test_weights_that_are_not_packed(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: torch.dtype, told: str
+) -> None:
+    monkeypatch.setattr(device_module, "bf16_instructions", lambda: ())
+    monkeypatch.setattr(device_module, "_has_packing", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    execution = Execution(device=torch.device(device), precision=precision, reasons=("", ""))
+    packed, why = packs_weights(execution)
+    assert not packed
+    assert told in why
+    assert drawing_reasons(execution)["weights"] == why
+
+
+def test_a_torch_without_onednn_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = select_precision("float32", CPU)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert packs_weights(execution) == (
+        False,
+        f"as they are: torch {torch.__version__} has no oneDNN that packs them here",
+    )
+    assert drawing_reasons(execution)["layout"] == "as torch has it"
+
+
+def test_tiles_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "bf16_instructions", lambda: ("AMX",))
+    told = {
+        name: drawing_reasons(select_precision(name, CPU))["attention"].partition(" ")[0]
+        for name in ("float32", "bfloat16")
+    }
+    assert told == {"float32": "torch's", "bfloat16": "tiles"}

@@ -5,6 +5,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,10 @@ __all__ = [
     "Execution",
     "autocast",
     "bf16_instructions",
+    "drawing_reasons",
     "keep_freed_memory",
     "memory_total",
+    "packs_weights",
     "precision_name",
     "select_device",
     "select_precision",
@@ -137,6 +140,38 @@ def autocast(execution: Execution) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(execution.device.type, dtype=execution.precision)
 
 
+def packs_weights(execution: Execution) -> tuple[bool, str]:
+    """Say whether weights are packed to draw, see `mezzotint.nn.packed`, and why."""
+    if execution.device.type != "cpu":
+        return False, f"as they are: packing is for processors, not {execution.device}"
+    if not torch.backends.mkldnn.is_available() or not _has_packing():
+        return False, f"as they are: torch {torch.__version__} has no oneDNN that packs them here"
+    if execution.precision is torch.bfloat16 and not bf16_instructions():
+        return False, "as they are: bfloat16 is emulated here"
+    if execution.precision not in (torch.float32, torch.bfloat16):
+        return False, f"as they are: oneDNN packs none in {precision_name(execution.precision)}"
+    return True, "packed once for oneDNN's kernels, which else order them anew at every call"
+
+
+def drawing_reasons(execution: Execution) -> dict[str, str]:
+    """Say what else is decided for drawing on a device, and why: sentences by their subjects."""
+    if execution.device.type != "cpu":
+        return {"weights": packs_weights(execution)[1], "attention": "torch's kernel"}
+    packed, why = packs_weights(execution)
+    attention = "torch's kernel"
+    if execution.precision is torch.bfloat16:
+        attention = (
+            "tiles of queries from 256 tokens on, where they are faster; else torch's kernel"
+        )
+    kept = "kept by the process: clearing its pages anew takes longer than norms and activations"
+    return {
+        "weights": why,
+        "layout": "channels last, as packed layers have it" if packed else "as torch has it",
+        "attention": attention,
+        "freed memory": kept if _mallopt() is not None else "left to the system's allocator",
+    }
+
+
 def widened(x: torch.Tensor) -> torch.Tensor:
     """Return half precision as float32, in which losses are computed; wider types stay."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -170,14 +205,26 @@ def keep_freed_memory() -> None:
 
     glibc gives every large block back to the kernel, which then clears its pages anew at the next
     allocation: in training on a processor, whose tensors have the same sizes step after step, that
-    was an eighth of the time. Elsewhere than on glibc this does nothing.
+    was an eighth of the time, and in a decoder a normalisation or an activation of 64 MB took four
+    to six times as long. Elsewhere than on glibc this does nothing.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = _mallopt()
     if mallopt is not None:
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # the names' numbers in malloc.h
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(arena_max, 1)
+
+
+def _mallopt() -> Any:
+    """glibc's, if it is the allocator."""
+    return getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+
+
+def _has_packing() -> bool:
+    """Whether this build of torch has the operators of its own compiler that pack weights."""
+    names = ("_reorder_convolution_weight", "_reorder_linear_weight")
+    return all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def bf16_instructions() -> tuple[str, ...]:

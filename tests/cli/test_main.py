@@ -252,7 +252,8 @@ def test_the_version(run: Run) -> None:
 def test_doctor_says_what_is_used_and_why(run: Run) -> None:
     code, out, _ = run("doctor")
     assert code == 0
-    words = ("mezzotint", "python", "torch", "threads", "memory", "device", "precision", "extra")
+    words = ["mezzotint", "python", "torch", "threads", "memory", "device", "precision", "extra"]
+    words += ["weights", "attention"]
     assert [word for word in words if word not in out] == []
 
 

@@ -236,18 +236,18 @@ class _Branch:
     def _add(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.strength == 0:
             return output
-        down, up = self._on(self.module.weight)
+        down, up = self._on(output)
         if isinstance(self.module, nn.Conv2d):
             added = F.conv2d(_convolved(self.module, inputs[0], down), up)
         else:
             added = F.linear(F.linear(inputs[0], down), up)
         return output + (self.layer.scale * self.strength) * added
 
-    def _on(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors where the layer is, and in its precision."""
+    def _on(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors where the layer computes, and in its precision."""
         down = self._factors[0]
-        if (down.device, down.dtype) != (weight.device, weight.dtype):
-            self._factors = self.layer.down.to(weight), self.layer.up.to(weight)
+        if (down.device, down.dtype) != (output.device, output.dtype):
+            self._factors = self.layer.down.to(output), self.layer.up.to(output)
         return self._factors
 
 

@@ -12,6 +12,7 @@ from mezzotint.checkpoints.lora import LoraAdapter, LoraLayer, Part
 from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.errors import CheckpointError
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.nn.packed import weight_shape
 
 __all__ = ["Changeable", "FittedLayer", "fit"]
 
@@ -42,7 +43,7 @@ class FittedLayer:
     def difference(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return ``scale * up @ down`` in the shape of the layer's weight."""
         down, up = (factor.to(device, dtype).flatten(1) for factor in (self.down, self.up))
-        return self.scale * (up @ down).reshape(self.module.weight.shape)
+        return self.scale * (up @ down).reshape(weight_shape(self.module))
 
 
 def fit(adapter: LoraAdapter, model: LatentDiffusion) -> list[FittedLayer]:
@@ -132,10 +133,10 @@ def _tell_strange(
 
 def _check_shapes(adapter: LoraAdapter, found: Mapping[Changeable, tuple[LoraLayer, Part]]) -> None:
     wrong = [
-        (layer, changed, tuple(module.weight.shape))
+        (layer, changed, shape)
         for module, (layer, _) in found.items()
         if (changed := (layer.up.shape[0], *_bare(layer.down.shape[1:])))
-        != (module.weight.shape[0], *_bare(module.weight.shape[1:]))
+        != ((shape := weight_shape(module))[0], *_bare(shape[1:]))
     ]
     if wrong:
         layer, changed, shape = wrong[0]
@@ -153,6 +154,6 @@ def _bare(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _shaped(layer: LoraLayer, module: Changeable) -> tuple[Tensor, Tensor]:
     """The factors as the layer's own weight would be, whichever of both the file wrote."""
-    rank, kernel = layer.down.shape[0], module.weight.shape[2:]
-    down = layer.down.reshape(rank, module.weight.shape[1], *kernel)
+    rank, (_, inputs, *kernel) = layer.down.shape[0], weight_shape(module)
+    down = layer.down.reshape(rank, inputs, *kernel)
     return down, layer.up.reshape(-1, rank, *[1 for _ in kernel])

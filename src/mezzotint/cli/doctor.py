@@ -25,7 +25,13 @@ def doctor() -> None:
     from rich.table import Table
 
     from mezzotint import __version__
-    from mezzotint.device import memory_total, select_device, select_precision, threads
+    from mezzotint.device import (
+        drawing_reasons,
+        memory_total,
+        select_device,
+        select_precision,
+        threads,
+    )
 
     execution = select_precision("auto", select_device("auto"))
     table = Table.grid(padding=(0, 2))
@@ -37,6 +43,8 @@ def doctor() -> None:
     device, precision = execution.reasons
     table.add_row("device", device)
     table.add_row("precision", precision)
+    for subject, reason in drawing_reasons(execution).items():
+        table.add_row(subject, reason)
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if find_spec(package) is None]
         says = f"pip install 'mezzotint\\[{extra}]': no {', '.join(missing)}"

@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Protocol
 
-from mezzotint.device import Execution
+from mezzotint.device import Execution, keep_freed_memory, packs_weights
 from mezzotint.engines.openvino import OpenVinoEngine
 from mezzotint.errors import ConfigError, nearest
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.models.autoencoder import IdentityFirstStage
+from mezzotint.nn.packed import pack
 
 __all__ = ["ENGINES", "Engine", "TorchEngine", "select_engine"]
 
@@ -49,6 +51,22 @@ class TorchEngine:
     name = "torch"
     version = None
     lacks: Mapping[str, str] = MappingProxyType({})
+
+    def prepare(self, model: LatentDiffusion, execution: Execution) -> None:
+        """Make a model ready to be drawn with alone, as `mezzotint.device.drawing_reasons` says.
+
+        Args:
+            model: On the device, in evaluation mode; its UNet and first stage are packed.
+            execution: Device and precision.
+        """
+        if packs_weights(execution)[0]:
+            pack(model.unet, execution.precision)
+            if not isinstance(model.first_stage, IdentityFirstStage):
+                # whose weights are few beside the features of a picture
+                pack(model.first_stage.decoder, execution.precision, winograd=True)
+            pack(model.first_stage, execution.precision)
+        if execution.device.type == "cpu":
+            keep_freed_memory()  # not before: weights that were exchanged go back to the system
 
     def running(self, model: LatentDiffusion) -> AbstractContextManager[None]:
         """Change nothing."""

@@ -359,6 +359,9 @@ def load(
 ) -> Pipeline:
     """Load a model to draw with.
 
+    On a processor the weights of the UNet and the first stage are packed, see `mezzotint.nn.packed`
+    and `mezzotint doctor`, and the process keeps the memory that it frees.
+
     Args:
         model: A model folder of Mezzotint's or of diffusers', a finished run folder, or a single
             file of the original layout, ``.safetensors`` or ``.ckpt``.
@@ -390,4 +393,7 @@ def load(
         prediction=prediction,
         weights=weights,
     )
-    return Pipeline(loaded.model, execution, str(model), loaded, runs)
+    pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs)
+    if isinstance(runs, TorchEngine):
+        runs.prepare(pipeline.model, execution)
+    return pipeline

@@ -317,7 +317,7 @@ class UNet(nn.Module):
         self, timestep: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         """Embed the times and what is added to them: ``(B, time_embed_dim)``; see `forward`."""
-        config, dtype = self.config, self.conv_in.weight.dtype
+        config, dtype = self.config, self.conv_norm_out.weight.dtype
         sinusoids = timestep_embedding(
             timestep,
             config.block_out_channels[0],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.nn.kept_context import KeptContext
+from mezzotint.nn.tiled_attention import attend_in_tiles, suits_tiles
 from mezzotint.nn.token_merging import TokenMerging
 
 __all__ = ["Attention", "AttentionBlock", "SpatialTransformer", "TransformerBlock", "attend"]
@@ -45,6 +46,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         out = torch.matmul(scores.softmax(dim=-1), v)
+    elif mask is None and suits_tiles(q, k):
+        out = attend_in_tiles(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out if blind is None else out.masked_fill(blind, 0.0)

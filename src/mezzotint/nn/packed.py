@@ -1,0 +1,281 @@
+"""Layers whose weights lie as oneDNN's kernels read them, for drawing on a processor.
+
+A plain layer hands its weight to oneDNN row by row, and at every call it is first brought into the
+kernel's own order; at coarse resolutions, where weights are larger than features, that takes as
+long as the layer's work. Packed layers hold it in that order. Results are those of plain layers:
+equal in bfloat16 but for near ties, in float32 to the order of sums.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mezzotint.nn.resnet import Upsample
+from mezzotint.nn.winograd import convolve, transform_weight
+
+__all__ = ["PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
+__all__ += ["weight_shape"]
+
+_HELD = {"_weight", "_wide", "_small_bias", "_learns", "_transformed", "_doubling", "_made_of"}
+_ops: Any = torch.ops.mkldnn  # made for torch's compiler; they take tensors outside of it as well
+_LEAST = 4096  # weights of a layer: below, a call costs more than order can save
+_LEAST_CHANNELS = 256  # for Winograd's algorithm: with fewer, adding takes longer than multiplying
+_ROWS, _SIDE = 2048, 32  # of a typical input; with others a packed weight is right too
+
+
+def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) -> None:
+    """Pack the weights of all plain convolutions and linear layers of a network, in place.
+
+    Weights that are in ``precision`` are exchanged, so that there is one copy of each; of wider
+    ones a rounded copy is packed, and they are kept. Parameters keep their names in the network's
+    state, but `parameters` lists no weight that is packed. What trains, moves, converts, copies or
+    overwrites a layer makes it plain again, and so does ``train()``; gradients flow to a layer's
+    input, and not to its weight.
+
+    Args:
+        network: On the processor, in evaluation mode.
+        precision: ``torch.float32`` or ``torch.bfloat16``, in which it will be run.
+        winograd: In float32, let wide convolutions of size 3 run by Winograd's algorithm, in 0.6
+            to 0.8 of the time, for 16/9 of their weights' memory beside them.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(64, 64)).eval()
+        >>> x = torch.ones(2, 64)
+        >>> before = layer(x)
+        >>> pack(layer, torch.float32)
+        >>> layer, torch.allclose(layer(x), before, atol=1e-5)
+        (Sequential(
+          (0): PackedLinear(in_features=64, out_features=64, bias=True)
+        ), True)
+    """
+    assert not network.training, "packed layers are for inference"
+    for layer in list(network.modules()):
+        if isinstance(layer, Upsample) and _is_plain(layer.conv):
+            PackedUpsample.adopt(layer, precision)
+        elif _is_plain(layer):
+            kind = PackedLinear
+            if isinstance(layer, nn.Conv2d):
+                fast = winograd and precision is torch.float32 and _suits_winograd(layer)
+                kind = WinogradConv2d if fast else PackedConv2d
+            kind.adopt(layer, precision)
+
+
+def weight_shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, without unpacking it."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Conv2d and type(layer) is not nn.Linear:
+        return False  # sub-classes compute something of their own
+    return layer.weight.numel() >= _LEAST
+
+
+def _suits_winograd(layer: nn.Conv2d) -> bool:
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    wide = min(layer.in_channels, layer.out_channels) >= _LEAST_CHANNELS
+    return wide and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+class _Packed(nn.Module):
+    """What packed layers share: being made of a plain layer, and becoming one again."""
+
+    _plain: ClassVar[type[nn.Module]]
+    _weight: Tensor  # packed, opaque to all but oneDNN
+    _wide: Tensor | None  # the weight itself, where it is wider than what is computed in
+    _small_bias: Tensor | None
+    _learns: bool
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, precision: torch.dtype) -> None:
+        """Turn a plain layer into a packed one."""
+        weight = layer._parameters.pop("weight")  # pyright: ignore[reportPrivateUsage]
+        assert weight is not None, "a plain layer has a weight"
+        bias = layer.bias
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer._learns, weight = weight.requires_grad, weight.detach()
+        layer._wide = None if weight.dtype is precision else weight
+        layer._small_bias = bias.detach().to(precision) if isinstance(bias, Tensor) else None
+        layer._weight = layer._in_order(weight.to(precision))
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor | None]:
+        """The packed weight, which oneDNN alone can read, and the bias in its precision."""
+        return self._weight, self._small_bias
+
+    def unpack(self) -> None:
+        """Become a plain layer again."""
+        weight = nn.Parameter(self.weight, self._learns)
+        for name in _HELD & vars(self).keys():
+            delattr(self, name)
+        self.__class__ = self._plain  # pyright: ignore[reportAttributeAccessIssue]
+        self._parameters = {"weight": weight, **self._parameters}
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "weight":
+            return super().__getattr__(name)
+        return self._weight.to_dense() if self._wide is None else self._wide
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self.unpack()
+        nn.Module.__setattr__(self, name, value)  # whose method it is may be another by now
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.unpack()
+        nn.Module.train(self, mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.unpack()
+        return self._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        self._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the plain layer."""
+        state = {k: v for k, v in vars(self).items() if k not in _HELD}
+        weight = nn.Parameter(self.weight, self._learns)
+        state["_parameters"] = {"weight": weight, **self._parameters}
+        return object.__new__, (self._plain,), state
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """A convolution with a packed weight; what it returns lies with the channels last."""
+
+    _plain = nn.Conv2d
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        size = [2, self.in_channels, _SIDE, _SIDE]
+        return _ops._reorder_convolution_weight(
+            weight, self.padding, self.stride, self.dilation, self.groups, size
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(B, C, H, W)``."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return self._conv_forward(input, self.weight, self.bias)
+        x, padding = input.to(self._weight.dtype), self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return _ops._convolution_pointwise(
+            x.contiguous(memory_format=torch.channels_last),
+            self._weight,
+            self._small_bias,
+            padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            "none",
+            [],
+            "",
+        )
+
+
+class WinogradConv2d(PackedConv2d):
+    """A packed convolution of size 3 that also holds what Winograd's algorithm takes."""
+
+    _transformed: list[Tensor]
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        self._transformed = transform_weight(weight)
+        return super()._in_order(weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(B, C, H, W)``; odd sizes and other paddings than zeros as the others do."""
+        odd = input.shape[2] % 2 or input.shape[3] % 2
+        learning = torch.is_grad_enabled() and input.requires_grad
+        if odd or learning or self.padding_mode != "zeros":
+            return super().forward(input)
+        return convolve(input.float(), self._transformed, self._small_bias)
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A linear layer with a packed weight."""
+
+    _plain = nn.Linear
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        return _ops._reorder_linear_weight(weight, _ROWS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(…, in_features)`` to ``(…, out_features)``."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return F.linear(input, self.weight, self.bias)
+        x = input.to(self._weight.dtype)
+        return _ops._linear_pointwise(x, self._weight, self._small_bias, "none", [], "")
+
+
+class PackedUpsample(Upsample):
+    """Doubling and a convolution of size 3 as one transposed convolution of size 4.
+
+    After nearest neighbours, two of any three neighbours along an axis are the same value, so that
+    their weights can be added beforehand: an output pixel is of 2 x 2 inputs and not of 3 x 3, in
+    the same sum otherwise ordered. In bfloat16 the sums of weights are rounded once more.
+    """
+
+    _doubling: Tensor  # packed
+    _made_of: Tensor
+    _small_bias: Tensor | None
+
+    @classmethod
+    def adopt(cls, layer: Upsample, precision: torch.dtype) -> None:
+        """Turn a plain layer into this one, and its convolution into a packed one."""
+        weight = layer.conv.weight.detach().float()
+        # rows are taps of the transposed kernel, columns of the convolution's
+        taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        doubling = torch.einsum("ik,jl,ockl->coij", taps, taps, weight).to(precision)
+        PackedConv2d.adopt(layer.conv, precision)
+        layer.__class__ = cls
+        assert isinstance(layer, cls) and isinstance(layer.conv, PackedConv2d)
+        layer._made_of, layer._small_bias = layer.conv.packed
+        size = [2, doubling.shape[0], _SIDE, _SIDE]
+        layer._doubling = _ops._reorder_convolution_transpose_weight(
+            doubling.contiguous(), [1, 1], [0, 0], [2, 2], [1, 1], 1, size
+        )
+
+    def forward(
+        self, x: Tensor, time: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Tensor:
+        """Map ``(B, C, H, W)`` to twice the size or to ``size``; the embedding is not used."""
+        double = [2 * side for side in x.shape[2:]]
+        if (size is not None and list(size) != double) or not self._may_double(x):
+            return super().forward(x, time, size)
+        x = x.to(self._doubling.dtype).contiguous(memory_format=torch.channels_last)
+        return _ops._convolution_transpose_pointwise(
+            x, self._doubling, self._small_bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
+        )
+
+    def _may_double(self, x: Tensor) -> bool:
+        """Whether the convolution is as it was packed, and nothing acts on it."""
+        conv = self.conv
+        hooked = any(vars(conv)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
+        learning = torch.is_grad_enabled() and x.requires_grad
+        return (
+            isinstance(conv, PackedConv2d)
+            and conv.packed[0] is self._made_of
+            and conv.padding_mode == "zeros"
+            and not (hooked or learning)
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the plain layer."""
+        state = {k: v for k, v in vars(self).items() if k not in _HELD}
+        return object.__new__, (Upsample,), state
