@@ -1,6 +1,6 @@
 """Starting: importing the package, and pictures from a cold shell, beside diffusers.
 
-    python -m benchmarks.startup [--only import sample demo] [--model runs/demo]
+    python -m benchmarks.startup [--only import] [--model runs/demo]
 
 Each is a process of its own, from its start to its end: ``import mezzotint`` beside ``import
 diffusers`` and beside Python alone; four pictures of a tiny Stable Diffusion by ``mezzotint
@@ -37,9 +37,11 @@ from mezzotint.models.unet import UNet
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 from mezzotint.training.run import load_recipe
 
-PARTS = ("import", "sample", "demo")
+PARTS = ("import", "packages", "sample", "demo")
 PROMPT, PICTURES = "a red apple", 4
 IMPORT_SECONDS, SAMPLE_SECONDS = 0.1, 6
+ALONE, TORCH = "Python alone", "import torch"
+Call = Callable[[], None]
 MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 _THEIRS = """
@@ -53,9 +55,13 @@ for k, picture in enumerate(pictures):
 """
 
 
-def process(*words: str | Path) -> Callable[[], None]:
+def process(*words: str | Path) -> Call:
     """Return a call that runs a command and waits for its end."""
-    return lambda: subprocess.run([str(w) for w in words], check=True, capture_output=True) and None
+
+    def call() -> None:
+        subprocess.run([str(word) for word in words], check=True, capture_output=True)
+
+    return call
 
 
 def demo_model(folder: Path) -> Path:
@@ -79,10 +85,7 @@ def demo_model(folder: Path) -> Path:
     return folder
 
 
-Call = Callable[[], None]
-
-
-def processes(part: str, work: Path, options: Namespace) -> list[tuple[str, str, Call, Call]]:
+def processes(part: str, work: Path, options: Namespace) -> tuple[str, str, Call, Call]:
     """Return what of a part is measured: in words, beside what, and the two commands.
 
     Args:
@@ -91,11 +94,10 @@ def processes(part: str, work: Path, options: Namespace) -> list[tuple[str, str,
         options: As they were given.
     """
     python, steps = sys.executable, str(options.steps)
-    if part == "import":
-        what = "import mezzotint, in Python as it starts"
-        ours, theirs = (process(python, "-c", f"import {n}") for n in ("mezzotint", "diffusers"))
-        alone = process(python, "-c", "pass")
-        return [(what, "import diffusers", ours, theirs), (what, "Python alone", ours, alone)]
+    if part in ("import", "packages"):
+        ours = process(python, "-c", "import mezzotint")
+        peer, code = (ALONE, "pass") if part == "import" else ("import diffusers",) * 2
+        return "import mezzotint, in Python as it starts", peer, ours, process(python, "-c", code)
     drawn = work / "drawn"
     drawn.mkdir(exist_ok=True)
     told = ("--num-images", str(PICTURES), "--steps", steps)
@@ -104,12 +106,12 @@ def processes(part: str, work: Path, options: Namespace) -> list[tuple[str, str,
         model = options.model or demo_model(work / "demo")
         what = f"mezzotint sample -n {PICTURES} of the demonstration's model, {steps} steps"
         ours = process(MEZZOTINT, "sample", model, PROMPT, *told)
-        return [(what, "import torch", ours, process(python, "-c", "import torch"))]
+        return what, TORCH, ours, process(python, "-c", TORCH)
     stable = stable_diffusion(work, tiny=True)
     what = f"mezzotint sample -n {PICTURES} of a tiny Stable Diffusion, {steps} steps"
     ours = process(MEZZOTINT, "sample", stable, PROMPT, *told)
     theirs = process(python, "-c", _THEIRS, stable, PROMPT, steps, drawn)
-    return [(what, "the same in a script of diffusers, float32", ours, theirs)]
+    return what, "the same in a script of diffusers, float32", ours, theirs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,17 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compared: list[Comparison] = []
     with work_folder(options) as work:
         for part in options.only or PARTS:
-            for what, peer, ours, theirs in processes(part, work, options):
-                name = precision_name(execution.precision)
-                times = side_by_side(ours, theirs, options, execution, peak=False)
-                compared.append(Comparison(what=what, mezzotint=name, peer=peer, **times))
+            what, peer, ours, theirs = processes(part, work, options)
+            name = precision_name(execution.precision)
+            times = side_by_side(ours, theirs, options, execution, peak=False)
+            compared.append(Comparison(what=what, mezzotint=name, peer=peer, **times))
     finish("startup", compared, options, execution)
     for each in compared:
         seconds = statistics.median(each.seconds)
-        if each.peer == "Python alone":
+        if each.peer == ALONE:
             seconds -= statistics.median(each.peer_seconds)
             print(f"import mezzotint itself: {seconds:.3f} s (at most {IMPORT_SECONDS})")
-        elif each.peer == "import torch":
+        elif each.peer == TORCH:
             print(f"the demonstration's pictures: {seconds:.1f} s (at most {SAMPLE_SECONDS})")
 
 

@@ -85,7 +85,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Record.read(path) == record
     words = "--pairs 5 --peer another --precision float32 --device cpu"
     assert record.command == f"python -m benchmarks.unet_step {words}"
-    assert record.versions["torch"] == torch.__version__.partition("+")[0]
+    assert torch.__version__.startswith(record.versions["torch"].partition("+")[0])
     assert not record.tiny and record.comparisons[0].wanted == 0.6
 
 

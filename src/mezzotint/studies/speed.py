@@ -43,10 +43,12 @@ def peak_flops(
         Floating-point operations a second; a multiplication and an addition are two.
     """
     batch = _BATCH.get(device.type, _BATCH_ELSEWHERE)
-    last = torch.channels_last
-    options = {"device": device, "dtype": precision}
-    x = torch.randn(batch, channels, side, side, **options).contiguous(memory_format=last)
-    weight = torch.randn(channels, channels, 3, 3, **options).contiguous(memory_format=last)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(*shape, device=device, dtype=precision)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    x, weight = random(batch, channels, side, side), random(channels, channels, 3, 3)
     with torch.inference_mode():
         times = [
             seconds_of(lambda: F.conv2d(x, weight, padding=1), device) for _ in range(calls + 1)
