@@ -23,89 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+
+from benchmarks.random_models import build
 
 KINDS = ("sd1", "sd2-v", "sd1-inpainting")
 PROMPT, NEGATIVE, SEED, STEPS, SCALE = "a red apple on a table", "blurry", 7, 10, 7.5
 INSPECT_LIMIT, MEMORY_LIMIT, PICTURE_LIMIT = 1.5, 1.25, 2
-
-
-def build(kind: str, folder: Path) -> None:
-    """Write a pipeline of random float16 weights as diffusers does."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    from mezzotint.checkpoints.tokenizer_files import write_clip_tokenizer
-    from mezzotint.conditioning.vocabularies import clip_tokenizer
-
-    second, inpainting = kind.startswith("sd2"), kind.endswith("inpainting")
-    text = CLIPTextConfig(
-        hidden_size=1024 if second else 768,
-        intermediate_size=4096 if second else 3072,
-        num_hidden_layers=23 if second else 12,
-        num_attention_heads=16 if second else 12,
-        hidden_act="gelu" if second else "quick_gelu",
-        projection_dim=512 if second else 768,
-        pad_token_id=0 if second else 49407,
-        bos_token_id=49406,
-        eos_token_id=49407,
-    )
-    parts: dict[str, nn.Module] = {
-        "text_encoder": CLIPTextModel(text),
-        "unet": diffusers.UNet2DConditionModel(
-            sample_size=96 if second else 64,
-            in_channels=9 if inpainting else 4,
-            cross_attention_dim=1024 if second else 768,
-            attention_head_dim=[5, 10, 20, 20] if second else 8,
-            use_linear_projection=second,
-        ),
-        "vae": diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=768 if second else 512,
-        ),
-    }
-    for seed, part in enumerate(parts.values()):
-        liven(part, seed)
-        part.half().eval()
-    with torch.no_grad():
-        # a posterior without variance: its sample is its mode, whoever draws it
-        quant = parts["vae"].quant_conv
-        assert isinstance(quant, nn.Conv2d) and quant.bias is not None
-        quant.weight[4:], quant.bias[4:] = 0, -60
-    words = folder.with_name(f"{folder.name}-tokenizer")
-    write_clip_tokenizer(clip_tokenizer(), words, pad_token_id=0 if second else 49407)
-    name = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
-    getattr(diffusers, name)(
-        **parts,
-        tokenizer=CLIPTokenizer.from_pretrained(words),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type="v_prediction" if second else "epsilon",
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-
-
-@torch.no_grad()
-def liven(module: nn.Module, seed: int) -> None:
-    """Random weights at which every part matters; biases and norms too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in module.named_parameters():
-        noise = torch.randn(value.shape, generator=generator)
-        if value.ndim > 1:
-            value.copy_(noise * (1.0 / value[0].numel()) ** 0.5)
-        else:
-            value.copy_(noise * 0.1 + (1.0 if "norm" in name and "weight" in name else 0.0))
 
 
 def write_file(folder: str, file: str) -> dict[str, Any]:

@@ -182,6 +182,7 @@ SURFACE = {
     },
     "average": {"run", "--sigma-rel", "--at-step", "--output", "-o", "--device"},
     "replay": {"image", "--model", "--device", "--engine", "--output", "-o", "--input"},
+    "bench": {"model", "--quick", "--steps", "--json", "--precision", "--device", "--engine"},
     "doctor": set[str](),
 }
 

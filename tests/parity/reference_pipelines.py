@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from benchmarks.public_checkpoints import liven
+from benchmarks.random_models import liven
 from diffusers.pipelines.stable_diffusion import (
     pipeline_stable_diffusion_img2img,
     pipeline_stable_diffusion_inpaint,

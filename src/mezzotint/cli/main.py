@@ -9,6 +9,7 @@ import typer
 
 import mezzotint
 from mezzotint.cli.average import average
+from mezzotint.cli.bench import bench
 from mezzotint.cli.convert import convert
 from mezzotint.cli.data import app as data
 from mezzotint.cli.demo import demo
@@ -31,7 +32,18 @@ app = typer.Typer(
     # a fault of Mezzotint's own shows Python's traceback, which a report can quote
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, sample, replay, evaluate, inspect, convert, average, doctor):
+for command in (
+    demo,
+    train,
+    sample,
+    replay,
+    evaluate,
+    inspect,
+    convert,
+    average,
+    bench,
+    doctor,
+):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(study, name="study")

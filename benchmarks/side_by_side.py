@@ -1,0 +1,294 @@
+"""What the comparisons with peers share: pairs, the measured peak beside them, JSON and a row.
+
+In one process, A B A B: each pair measures the device's peak, then Mezzotint, then the peer. The
+ratio of a comparison is the median over the pairs of Mezzotint's time by the peer's, so that a
+machine that is busy, or grows hot, slows both.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor
+
+from mezzotint.config import Config, Document
+from mezzotint.device import PRECISIONS, Execution, select_device, select_precision
+from mezzotint.studies.machine import Machine, this_machine
+from mezzotint.studies.speed import peak_flops, seconds_of
+
+AGREEMENT = 1e-4  # of the largest value, in float32, of networks of the same weights
+_TINY_PEAK = {"channels": 64, "side": 16, "calls": 1}
+
+
+class Comparison(Config):
+    """Mezzotint beside a peer.
+
+    Attributes:
+        what: Is measured, with its size.
+        mezzotint: Its settings.
+        peer: Its name and settings.
+        seconds: Of Mezzotint, one a pair.
+        peer_seconds: Of the peer.
+        peaks: Of the device in Mezzotint's precision, before each pair, in operations a second.
+        flops: Operations of one call, where they were counted.
+        difference: Largest, between both results, over the largest value of the peer's.
+        wanted: The largest ratio that is aimed at.
+        at: Where it stands on the axis of a `Record`.
+        images: That one call makes or trains on.
+    """
+
+    what: str
+    mezzotint: str
+    peer: str
+    seconds: tuple[float, ...]
+    peer_seconds: tuple[float, ...]
+    peaks: tuple[float, ...] = ()
+    flops: int | None = None
+    difference: float | None = None
+    wanted: float | None = None
+    at: float | None = None
+    images: int = 1
+
+    @property
+    def ratio(self) -> float:
+        """The median of the pairs' ratios: below 1, Mezzotint is faster."""
+        pairs = zip(self.seconds, self.peer_seconds, strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
+
+    @property
+    def share(self) -> float | None:
+        """Of the peak, what Mezzotint reaches: the median over the pairs."""
+        if self.flops is None or not self.peaks:
+            return None
+        pairs = zip(self.seconds, self.peaks, strict=True)
+        return statistics.median(self.flops / (seconds * peak) for seconds, peak in pairs)
+
+
+class Record(Document):
+    """What one run of a benchmark measured.
+
+    Attributes:
+        command: Measures it again.
+        tiny: Of networks that are only for rehearsal.
+        machine: With Mezzotint's precision.
+        versions: Of the packages that took part.
+        axis: What varies between the comparisons, if they are a curve.
+    """
+
+    command: str
+    tiny: bool
+    machine: Machine
+    versions: dict[str, str]
+    axis: Literal["batch", "resolution", "steps"] | None = None
+    comparisons: tuple[Comparison, ...] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Read what `finish` wrote."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def options_parser(
+    doc: str | None, peers: Sequence[str], *, precision: str = "auto"
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that all comparisons have.
+
+    Args:
+        doc: Of the program.
+        peers: Their names; the first is the default.
+        precision: Mezzotint's, if none is given.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="times that each is measured")
+    parser.add_argument("--peer", default=peers[0], choices=peers)
+    parser.add_argument(
+        "--precision", default=precision, choices=("auto", *PRECISIONS), help="Mezzotint's"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, for rehearsal")
+    parser.add_argument("--work", type=Path, help="folder where the random model is kept")
+    parser.add_argument("--output", type=Path, help="JSON; by default in runs/performance")
+    return parser
+
+
+def execution_of(options: argparse.Namespace) -> Execution:
+    """Return the device and Mezzotint's precision on it."""
+    return select_precision(options.precision, select_device(options.device))
+
+
+@contextmanager
+def work_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Give the folder for what is written on the way."""
+    with TemporaryDirectory() as temporary:
+        folder = options.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def side_by_side(
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    options: argparse.Namespace,
+    execution: Execution,
+    *,
+    peak: bool = True,
+    warm_up: bool = True,
+) -> dict[str, tuple[float, ...]]:
+    """Measure two calls in turns.
+
+    Args:
+        ours: Mezzotint's.
+        theirs: The peer's.
+        options: Say how often.
+        execution: Device, and Mezzotint's precision.
+        peak: Measure the device's before each pair.
+        warm_up: Call each once before; not for processes that start cold.
+
+    Returns:
+        The fields of a `Comparison` that are times and peaks.
+    """
+    device, precision = execution.device, execution.precision
+    if warm_up:
+        ours(), theirs()
+    peaks: list[float] = []
+    seconds: list[float] = []
+    peer_seconds: list[float] = []
+    for _ in range(options.pairs):
+        if peak:
+            peaks.append(peak_flops(device, precision, **(_TINY_PEAK if options.tiny else {})))
+        seconds.append(seconds_of(ours, device))
+        peer_seconds.append(seconds_of(theirs, device))
+    return {
+        "seconds": tuple(seconds),
+        "peer_seconds": tuple(peer_seconds),
+        "peaks": tuple(peaks),
+    }
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference over the largest value of the second."""
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def must_agree(found: float, execution: Execution, peer: str) -> float:
+    """Return a difference, or end: times of two that do different things say nothing."""
+    both = execution.precision is torch.float32 and "float32" in peer
+    if both and not found <= AGREEMENT:
+        sys.exit(
+            f"Mezzotint and {peer} differ by {found:.1e} of the largest value; expected at most"
+            f" {AGREEMENT:.0e}: they do not compute the same"
+        )
+    return found
+
+
+def finish(
+    name: str,
+    comparisons: Sequence[Comparison],
+    options: argparse.Namespace,
+    execution: Execution,
+    *,
+    axis: Literal["batch", "resolution", "steps"] | None = None,
+) -> Record:
+    """Write what was measured, and print its rows.
+
+    Args:
+        name: Of the benchmark's module.
+        comparisons: What it measured.
+        options: As they were given.
+        execution: What Mezzotint ran in.
+        axis: See `Record`.
+    """
+    if options.tiny:  # what is aimed at is for the networks of full size
+        comparisons = [each.model_copy(update={"wanted": None}) for each in comparisons]
+    record = Record(
+        command=shlex.join(["python", "-m", f"benchmarks.{name}", *_given(options)]),
+        tiny=options.tiny,
+        machine=this_machine(execution),
+        versions=_versions(),
+        axis=axis,
+        comparisons=tuple(comparisons),
+    )
+    path = options.output or _default_output(name, options, record, axis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+    console = Console(soft_wrap=True)
+    for line in rows(comparisons):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"written: {path}", markup=False, highlight=False)
+    return record
+
+
+def rows(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return a Markdown table of comparisons, line by line."""
+    head = (
+        "what",
+        "Mezzotint",
+        "peer",
+        "ratio",
+        "wanted",
+        "s",
+        "peer's s",
+        "of the peak",
+        "differ",
+    )
+    lines = [f"| {' | '.join(head)} |", "|:--|:--|:--|--:|--:|--:|--:|--:|--:|"]
+    for each in comparisons:
+        share, apart = each.share, each.difference
+        cells = (
+            each.what,
+            each.mezzotint,
+            each.peer,
+            f"{each.ratio:.2f}",
+            "" if each.wanted is None else f"≤ {each.wanted:.2f}",
+            f"{statistics.median(each.seconds):.3g}",
+            f"{statistics.median(each.peer_seconds):.3g}",
+            "" if share is None else f"{share:.0%}",
+            "" if apart is None else f"{apart:.0e}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """The options that say what is measured, as they are typed."""
+    words: list[str] = []
+    for name, value in vars(options).items():
+        if name in ("work", "output") or value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def _default_output(
+    name: str, options: argparse.Namespace, record: Record, axis: str | None
+) -> Path:
+    stage = getattr(options, "stage", None)
+    parts = (name, stage, axis, options.peer, record.machine.precision, record.machine.device)
+    words = [part.replace("_", "-") for part in parts if part and part != "cpu"]
+    return Path("runs/performance") / f"{'-'.join(words)}.json"
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in ("mezzotint", "torch", "diffusers", "openvino"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

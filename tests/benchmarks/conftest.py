@@ -1,0 +1,14 @@
+"""The random model that the benchmarks share, written once."""
+
+from pathlib import Path
+
+import pytest
+from benchmarks.unet_step import stable_diffusion
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    stable_diffusion(folder, tiny=True)
+    return folder
