@@ -19,6 +19,7 @@ from tools.train_shipped.programme import (
     run_piece,
     steps_done,
 )
+from tools.train_shipped.ship import ship
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="on the processor; one a core by default")
     parser.add_argument("--carry-in", type=Path, metavar="FOLDER", help="go on from small files")
     parser.add_argument("--carry-out", type=Path, metavar="FOLDER", help="write small files")
+    parser.add_argument("--ship", action="store_true", help="write what was trained to the assets")
     told = parser.parse_args(arguments)
     begun = time.time()
     try:
@@ -66,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         programme = open_programme(told.model, told.plan, told.work, device)
         if told.carry_in is not None:
             carry_in(programme, told.carry_in)
+        if told.ship:
+            print(ship(programme))
+            return 0
         run_piece(programme, until, device, told.processes)
         if told.carry_out is not None:
             carry_out(programme, told.carry_out)

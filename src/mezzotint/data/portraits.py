@@ -27,7 +27,13 @@ from mezzotint.data.emoji import (
     emoji_concepts,
     find_concept,
 )
-from mezzotint.data.scene_backgrounds import COLOURS, Background, draw_background, paint
+from mezzotint.data.scene_backgrounds import (
+    COLOURS,
+    Background,
+    draw_background,
+    paint,
+    plain_background,
+)
 from mezzotint.data.scene_sprites import Sprite, cut_out, lay_over
 from mezzotint.data.wording import DEFAULT_TEMPLATES, fill_template, unsaid
 from mezzotint.errors import ConfigError, DataError
@@ -45,7 +51,6 @@ __all__ = [
 Choice = Literal["well-known", "all", "train", "validation"]
 
 _STYLES: dict[Style, str] = {"fluent": "in Fluent style", "noto": "in Noto style"}
-_WHITE = Background("plain", "white", ((255, 255, 255), (255, 255, 255)), 0.0, 0.0, (0.0, 0.0), 0)
 _PORTRAIT, _RESERVED = 0x907, 0x907E  # keys of random numbers
 _STYLE_SHARE = 8  # one concept of so many shows its second style in validation alone
 _SAID = 0.25  # of what need not be said: a white background, the first style
@@ -185,8 +190,7 @@ def portrait_caption(concept: Concept | str, colour: str = "white", style: Style
     found = find_concept(concept) if isinstance(concept, str) else concept
     named = fill_template("a {caption}", found.caption)
     styled = f"{named} {_STYLES[style]}" if style != "fluent" else named
-    plain = Background("plain", colour, _WHITE.shades, 0.0, 0.0, (0.0, 0.0), 0)
-    return styled if colour == "white" else f"{styled} on {plain.caption}"
+    return styled if colour == "white" else f"{styled} on {plain_background(colour).caption}"
 
 
 class PortraitsData:
@@ -238,19 +242,45 @@ class PortraitsData:
 
     def load(self, index: int, generator: torch.Generator | None = None) -> Example:
         """Return one portrait; see `mezzotint.data.ImageData.load`."""
-        portrait, side = self.portrait(index), self.config.resolution
+        portrait = self.portrait(index)
+        return Example(
+            image=self.picture(portrait),
+            caption=self._caption(portrait, generator),
+            label=portrait.label,
+            name=f"portrait-{self.config.split}-{range(len(self))[index]}",
+        )
+
+    def picture(self, portrait: Portrait) -> torch.Tensor:
+        """Return ``(3, H, W)`` uint8 of a portrait, whether or not the data hold it."""
+        side = self.config.resolution
         pixels = paint(portrait.background, side)
         sprite = self._sprite(portrait.label, portrait.style, portrait.size)
         sprite = sprite.flipped if portrait.flipped else sprite
         right, down = portrait.shift
         left = (side - sprite.width) // 2 - sprite.left + right
         lay_over(pixels, sprite, left, (side - sprite.height) // 2 - sprite.top + down)
-        return Example(
-            image=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
-            caption=self._caption(portrait, generator),
-            label=portrait.label,
-            name=f"portrait-{self.config.split}-{range(len(self))[index]}",
-        )
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    def plain(self, label: int, colour: str = "white", style: Style = "fluent") -> Portrait:
+        """Return the portrait in the middle, of middle size, on the named colour itself.
+
+        Args:
+            label: Index of the concept.
+            colour: Of the background.
+            style: In which it is drawn.
+        """
+        config = self.config
+        size = round((config.min_size + config.max_size) / 2 * config.resolution)
+        ground = plain_background(colour)
+        return Portrait(label, style, ground, size, flipped=False, shift=(0, 0))
+
+    def held_out_colour(self, label: int) -> str:
+        """Return the colour on which a concept stands in validation alone."""
+        return _held_out_colour(self.class_names[label])
+
+    def holds_out_style(self, label: int) -> bool:
+        """Whether a concept is shown in the second style in validation alone."""
+        return self._held_styles[label]
 
     def describe(
         self, index: int, generator: torch.Generator | None = None, *, with_map: bool = False
@@ -289,7 +319,8 @@ class PortraitsData:
         right, down = (round(chance.uniform(-reach, reach)) for _ in range(2))
         mirrored = chance.happens(0.5) and config.flip and self.concepts[label].mirrors
         style = config.styles[int(second)]
-        return Portrait(label, style, _WHITE if white else ground, size, mirrored, (right, down))
+        ground = plain_background("white") if white else ground
+        return Portrait(label, style, ground, size, mirrored, (right, down))
 
     def _caption(self, portrait: Portrait, generator: torch.Generator | None) -> str:
         config, concept = self.config, self.concepts[portrait.label]

@@ -15,7 +15,7 @@ from mezzotint.data.wording import with_article
 from mezzotint.rng import keyed_generator
 
 __all__ = ["COLOURS", "GROUNDS", "PATTERNED", "Background", "Ground", "Kind", "draw_background"]
-__all__ += ["paint"]
+__all__ += ["paint", "plain_background"]
 
 Ground = Literal["plain", "gradient", "texture"]
 Kind = Literal["plain", "gradient", "noise", "stripes", "checks", "dots"]
@@ -99,6 +99,12 @@ def draw_background(
         phase=(chance.share(), chance.share()),
         seed=chance.whole(0, 2**31 - 1),
     )
+
+
+def plain_background(colour: str) -> Background:
+    """Return a plain background of a named colour as it is in the middle of its draws, or white."""
+    shade = (255, 255, 255) if colour == "white" else COLOURS[colour]
+    return Background("plain", colour, (shade, shade), 0.0, 0.0, (0.0, 0.0), 0)
 
 
 def _rgb(parts: list[float]) -> RGB:
