@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mezzotint.config import to_yaml
 from mezzotint.errors import CheckpointError, TrainingError
 from mezzotint.storage.safetensors_file import narrowed
 from mezzotint.training.checkpoint import newest_checkpoint, save_checkpoint
@@ -30,7 +31,7 @@ __all__ = ["carry_in", "carry_out"]
 
 _FORMAT = 1
 _STATE, _AVERAGE = "state.json", "average.safetensors"
-_BESIDE = ("recipe.yaml", "tokenizer.json")
+_RECIPE, _TOKENIZER = "recipe.yaml", "tokenizer.json"
 _WEIGHTS = ("weights", "autoencoder")  # the group of a checkpoint of either kind of stage
 
 
@@ -79,9 +80,8 @@ def _write_average(run: Path, place: Path) -> None:
         "values": checkpoint.values,
     }
     (place / _STATE).write_text(json.dumps(state) + "\n")
-    for name in _BESIDE:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, place / name)
+    if (run / _TOKENIZER).is_file():
+        shutil.copyfile(run / _TOKENIZER, place / _TOKENIZER)
 
 
 def carry_in(programme: Programme, folder: Path) -> None:
@@ -103,13 +103,14 @@ def carry_in(programme: Programme, folder: Path) -> None:
         if is_finished(place):
             run.mkdir(parents=True, exist_ok=True)
             shutil.copytree(place / HALF, run / HALF)
-        elif not _read_average(run, place):
+        elif not _read_average(programme, stage, place):
             continue
         record(programme.work, pieces_of(folder))
 
 
-def _read_average(run: Path, place: Path) -> bool:
+def _read_average(programme: Programme, stage: str, place: Path) -> bool:
     """Make a checkpoint without an optimizer of what was carried; returns whether it is further."""
+    run = programme.work / stage
     state = json.loads((place / _STATE).read_text())
     if state["format_version"] > _FORMAT:
         raise CheckpointError(f"{place}: written by a newer Mezzotint; upgrade Mezzotint")
@@ -120,9 +121,10 @@ def _read_average(run: Path, place: Path) -> bool:
     average: dict[str, Tensor] = {n: t for n, t in weights.items() if t.is_floating_point()}
     average["updates"] = torch.tensor(state["updates"])
     run.mkdir(parents=True, exist_ok=True)
-    for name in _BESIDE:
-        if (place / name).is_file():
-            shutil.copyfile(place / name, run / name)
+    if (place / _TOKENIZER).is_file():
+        shutil.copyfile(place / _TOKENIZER, run / _TOKENIZER)
+    # with the first stage's path of this machine; the checkpoint knows its data and latents itself
+    (run / _RECIPE).write_text(to_yaml(programme.recipe(stage)), encoding="utf-8")
     groups = {state["group"]: weights, "ema": average}
     save_checkpoint(run / "checkpoints", state["step"], groups, state["values"])
     return True
