@@ -330,8 +330,11 @@ class AutoencoderTask:
             tensors["discriminator"] = dict(self.adversary.network.state_dict())
             tensors["discriminator_optimizer"] = flatten_optimizer(self.adversary.optimizer)
         position = self.steps * self.images_per_step
-        values = {"data": self.data.fingerprint, "scaler": self.scaler.state_dict()}
-        values["begun"] = self.begun
+        values: dict[str, Any] = {
+            "data": self.data.fingerprint,
+            "scaler": self.scaler.state_dict(),
+            "begun": self.begun,
+        }
         return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
