@@ -28,7 +28,7 @@ def load_any(
     """Read a model: a folder of Mezzotint's or of diffusers', a finished run, or a single file.
 
     Args:
-        name: A path.
+        name: A path, or the name of a shipped model.
         dtype: Of the floating-point weights of public checkpoints in memory; None keeps each as it
             is on the disk. Mezzotint's own are float32, and run in other precisions from there,
             so that a picture is drawn again as it was; None keeps them as they are too.

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mezzotint.checkpoints.shipped import find_shipped, shipped_names
 from mezzotint.errors import CheckpointError, nearest
 from mezzotint.storage.tensors import PICKLES
 
@@ -22,13 +23,14 @@ def resolve_model(name: str | Path) -> Path:
     """Find a model: a folder, Mezzotint's own or of diffusers, a finished run, or a single file.
 
     Args:
-        name: A path.
+        name: A path; or, where no model is at it, the name of a shipped model.
 
     Returns:
         The folder that holds ``model_index.json``, or the file.
 
     Raises:
-        CheckpointError: If there is no model; it says what is there instead, or what is near.
+        CheckpointError: If there is no model, or a shipped one is damaged; it says what is there
+            instead, or what is near.
     """
     path = Path(name)
     if path.is_file():
@@ -36,10 +38,13 @@ def resolve_model(name: str | Path) -> Path:
     for candidate in (path, path / "model"):
         if (candidate / INDEX).is_file():
             return candidate
+    if (shipped := find_shipped(str(name))) is not None:
+        return shipped
     if path.is_dir():
         raise CheckpointError(f"{path}: {_instead(path)}")
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     models = [s for s in siblings if _holds_model(path.parent / s)]
+    models += shipped_names() if str(name) == path.name else []
     hint = f"; {nearest(path.name, models)}" if models else ""
     kind = "file" if path.suffix in SINGLE_FILES else "model folder"
     raise CheckpointError(f"{path}: no such {kind}{hint}")

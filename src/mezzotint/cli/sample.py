@@ -34,7 +34,7 @@ def sample(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="The folder of a model or of a finished run, or a .safetensors or .ckpt file.",
+            help="The folder of a model or of a run, a .safetensors or .ckpt file, or a name.",
         ),
     ],
     prompts: Annotated[

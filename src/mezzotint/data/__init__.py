@@ -9,6 +9,7 @@ from mezzotint.data.coco import CocoData, CocoDataConfig
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.data.images import FolderData, FolderDataConfig
 from mezzotint.data.maps import MapFolderData, MapFolderDataConfig
+from mezzotint.data.portraits import PortraitsData, PortraitsDataConfig
 from mezzotint.data.scenes import ScenesData, ScenesDataConfig
 from mezzotint.data.stream import ShardStream
 from mezzotint.data.tables import HubDataConfig, ParquetDataConfig, TableData
@@ -30,6 +31,8 @@ __all__ = [
     "MapFolderData",
     "MapFolderDataConfig",
     "ParquetDataConfig",
+    "PortraitsData",
+    "PortraitsDataConfig",
     "ScenesData",
     "ScenesDataConfig",
     "ShardData",
@@ -47,6 +50,7 @@ AnyDataConfig = (
     | HubDataConfig
     | WebDatasetConfig
     | ScenesDataConfig
+    | PortraitsDataConfig
     | CocoDataConfig
     | MapFolderDataConfig
 )
@@ -69,6 +73,8 @@ def open_data(config: AnyDataConfig) -> ImageData:
             return EmojiData(config)
         case ScenesDataConfig():
             return ScenesData(config)
+        case PortraitsDataConfig():
+            return PortraitsData(config)
         case CocoDataConfig():
             return CocoData(config)
         case MapFolderDataConfig():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,8 @@ from mezzotint.data.chance import Chance
 from mezzotint.data.wording import with_article
 from mezzotint.rng import keyed_generator
 
-__all__ = ["GROUNDS", "PATTERNED", "Background", "Ground", "Kind", "draw_background", "paint"]
+__all__ = ["COLOURS", "GROUNDS", "PATTERNED", "Background", "Ground", "Kind", "draw_background"]
+__all__ += ["paint", "plain_background"]
 
 Ground = Literal["plain", "gradient", "texture"]
 Kind = Literal["plain", "gradient", "noise", "stripes", "checks", "dots"]
@@ -34,7 +36,7 @@ _ADJECTIVES: dict[Kind, str] = {
     "dots": "dotted ",
 }
 # light and weak enough that emoji, which are strongly coloured, stand out from all of them
-_COLOURS: dict[str, RGB] = {
+COLOURS: dict[str, RGB] = {
     "blue": (166, 196, 235),
     "green": (172, 214, 172),
     "yellow": (241, 227, 156),
@@ -79,10 +81,12 @@ class Background:
         return with_article(f"{self.colour} {_ADJECTIVES[self.kind]}background")
 
 
-def draw_background(kind: Kind, chance: Chance) -> Background:
-    """Draw a background of one kind."""
-    colour = chance.choose(list(_COLOURS))
-    middle = [part + chance.uniform(-_JITTER, _JITTER) for part in _COLOURS[colour]]
+def draw_background(
+    kind: Kind, chance: Chance, colours: Sequence[str] = tuple(COLOURS)
+) -> Background:
+    """Draw a background of one kind, in one of some colours."""
+    colour = chance.choose(colours)
+    middle = [part + chance.uniform(-_JITTER, _JITTER) for part in COLOURS[colour]]
     light = _rgb([part + _LIGHTEN * (255 - part) for part in middle])
     dark = _rgb([part * (1 - _DARKEN) for part in middle])
     turns = 8 if kind == "gradient" else 4
@@ -95,6 +99,12 @@ def draw_background(kind: Kind, chance: Chance) -> Background:
         phase=(chance.share(), chance.share()),
         seed=chance.whole(0, 2**31 - 1),
     )
+
+
+def plain_background(colour: str) -> Background:
+    """Return a plain background of a named colour as it is in the middle of its draws, or white."""
+    shade = (255, 255, 255) if colour == "white" else COLOURS[colour]
+    return Background("plain", colour, (shade, shade), 0.0, 0.0, (0.0, 0.0), 0)
 
 
 def _rgb(parts: list[float]) -> RGB:

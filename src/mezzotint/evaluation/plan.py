@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.checkpoints.registry import INDEX
+from mezzotint.checkpoints.shipped import shipped_names
 from mezzotint.errors import ConfigError, DataError, nearest
 from mezzotint.evaluation.card import (
     Cost,
@@ -177,8 +178,9 @@ def find_networks(
 
 
 def holds_model(path: Path) -> bool:
-    """Whether a folder is a model's or a training run's, finished or not."""
-    return any((path / p).exists() for p in (INDEX, f"model/{INDEX}", "checkpoints"))
+    """Whether a path is a model's, a training run's, finished or not, or a shipped model's name."""
+    there = any((path / p).exists() for p in (INDEX, f"model/{INDEX}", "checkpoints"))
+    return there or str(path) in shipped_names()
 
 
 def open_drawn(

@@ -364,7 +364,8 @@ def load(
 
     Args:
         model: A model folder of Mezzotint's or of diffusers', a finished run folder, or a single
-            file of the original layout, ``.safetensors`` or ``.ckpt``.
+            file of the original layout, ``.safetensors`` or ``.ckpt``; or the name of a shipped
+            model.
         device: ``auto``, ``cpu``, ``cuda``, …
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``. The weights of public
             checkpoints stand in memory in it.

@@ -23,7 +23,12 @@ from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.adversary import Adversary
 from mezzotint.training.batches import Batches
-from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from mezzotint.training.checkpoint import (
+    Checkpoint,
+    flatten_optimizer,
+    restore_optimizer,
+    restore_or_begin,
+)
 from mezzotint.training.ema import ExponentialMovingAverage
 from mezzotint.training.gauges import latent_gauges, usage_gauges, worse_gauge
 from mezzotint.training.health import Sample
@@ -175,7 +180,7 @@ class AutoencoderTask:
         self.scaler = loss_scaler(execution)
         self.order = build_order(data, recipe.batch_size, recipe.seed)
         self.batches = Batches(self._make_batch)
-        self.steps = 0
+        self.steps = self.begun = 0
         self.rate = 1.0
 
     @property
@@ -206,7 +211,7 @@ class AutoencoderTask:
         """Do one step of the autoencoder, and one of the discriminator where it takes part."""
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
-        factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress)
+        factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress, self.begun)
         self.model.train()
         images, seeds = self._samples(step)
         self.steps = step + 1
@@ -325,7 +330,11 @@ class AutoencoderTask:
             tensors["discriminator"] = dict(self.adversary.network.state_dict())
             tensors["discriminator_optimizer"] = flatten_optimizer(self.adversary.optimizer)
         position = self.steps * self.images_per_step
-        values = {"data": self.data.fingerprint, "scaler": self.scaler.state_dict()}
+        values: dict[str, Any] = {
+            "data": self.data.fingerprint,
+            "scaler": self.scaler.state_dict(),
+            "begun": self.begun,
+        }
         return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
@@ -343,7 +352,7 @@ class AutoencoderTask:
         load_stream_state(self.data, checkpoint.values)
         tensors = checkpoint.tensors
         self.model.load_state_dict(tensors["autoencoder"])
-        restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.begun = restore_or_begin(self.optimizer, checkpoint)
         if isinstance(self.model, VQModel):
             # the count of all ranks goes on in the first
             usage = self.model.quantize.usage.copy_(tensors["code_usage"]["usage"])

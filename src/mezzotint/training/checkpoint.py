@@ -38,6 +38,7 @@ __all__ = [
     "list_checkpoints",
     "newest_checkpoint",
     "restore_optimizer",
+    "restore_or_begin",
     "save_checkpoint",
 ]
 
@@ -334,3 +335,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     state = optimizer.state_dict()
     state["state"] = entries
     optimizer.load_state_dict(state)
+
+
+def restore_or_begin(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> int:
+    """Take back an optimizer's state, or begin it anew where a checkpoint holds none of it.
+
+    Weights travel light without the moments, which are twice as many numbers.
+
+    Returns:
+        Steps done when the optimizer began without moments.
+    """
+    tensors = checkpoint.tensors.get("optimizer")
+    if tensors is None:
+        return checkpoint.step
+    restore_optimizer(optimizer, tensors)
+    return int(checkpoint.values.get("begun", 0))

@@ -26,7 +26,7 @@ from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
 from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches
-from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_or_begin
 from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.ema import ConstantEMAConfig, ExponentialMovingAverage
 from mezzotint.training.finetune_data import Pairs
@@ -171,7 +171,7 @@ class DiffusionTask:
         )
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
-        self.steps = 0
+        self.steps = self.begun = 0
         self.rate = 1.0
 
     @property
@@ -231,7 +231,7 @@ class DiffusionTask:
         """Do one optimizer step of UNet and conditioner together."""
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
-        factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress)
+        factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress, self.begun)
         for network in (self.model.unet, self.model.conditioner):  # dropout is for what is trained
             network.train(any(p.requires_grad for p in network.parameters()))
         batch = self.batches.get(step)
@@ -290,7 +290,7 @@ class DiffusionTask:
             "optimizer": flatten_optimizer(self.optimizer),
         }
         position = self.steps * self.images_per_step
-        values = {"inputs": self.inputs, "scaler": self.scaler.state_dict()}
+        values = {"inputs": self.inputs, "scaler": self.scaler.state_dict(), "begun": self.begun}
         return tensors, values | stream_state(self.data, position, self.ranks)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
@@ -317,7 +317,7 @@ class DiffusionTask:
         load_whole(self.trained, tensors["weights"])
         averages = self.ema.state_dict()
         self.ema.load_state_dict({k: laid_out(t, averages[k]) for k, t in tensors["ema"].items()})
-        restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.begun = restore_or_begin(self.optimizer, checkpoint)
         if saved_scaler := checkpoint.values.get("scaler"):
             self.scaler.load_state_dict(saved_scaler)
 

@@ -154,6 +154,7 @@ def run_loop(
     checkpoint: Checkpoint | None = None,
     ranks: Ranks = ALONE,
     stop_after: int | None = None,
+    stop_at: float | None = None,
 ) -> None:
     """Train a task until its budget is spent, and export the model to ``folder/model``.
 
@@ -170,6 +171,7 @@ def run_loop(
             for all.
         stop_after: Save a checkpoint and return after so many steps of this call, if the budget is
             not spent before.
+        stop_at: The same from a time of `time.monotonic` on.
 
     Raises:
         TrainingError: If the loss is no number, or diverges, and going back did not help; a
@@ -179,7 +181,7 @@ def run_loop(
     loop = _Loop(task, folder, run, log, health, callbacks, ranks)
     loop.start(checkpoint)
     with _stop_on_signal() as stopped, log.progress() as display:
-        if not loop.train(budget, display, stopped, stop_after):
+        if not loop.train(budget, display, stopped, stop_after, stop_at):
             return
     loop.end()
 
@@ -228,6 +230,7 @@ class _Loop:
         display: Callable[[float, float, int], None],
         stopped: Sequence[str],
         stop_after: int | None,
+        stop_at: float | None,
     ) -> bool:
         """Train until the budget is spent; returns whether it is."""
         task, log, ranks, clock = self.task, self.log, self.ranks, self.clock
@@ -236,9 +239,10 @@ class _Loop:
         save_at = (clock.seconds // interval + 1) * interval
         while True:
             seconds = clock.seconds
-            mine = [_progress(budget, self.step, seconds), seconds >= save_at]
+            late = stop_at is not None and time.monotonic() >= stop_at
+            mine = [_progress(budget, self.step, seconds), seconds >= save_at, late]
             mine += [callback.due(self.step, seconds) for callback in self.callbacks]
-            progress, must_save, *due, must_stop = ranks.largest(
+            progress, must_save, is_late, *due, must_stop = ranks.largest(
                 [*(mine if ranks.is_first else [0.0] * len(mine)), bool(stopped)]
             )
             display(progress, seconds, self.step)
@@ -252,10 +256,11 @@ class _Loop:
                 if self._save():
                     return True
                 continue
-            if stop_after is not None and self.step - self.first >= stop_after:
+            done = self.step - self.first
+            if is_late or (stop_after is not None and done >= stop_after):
                 if not self._save():
                     continue
-                log.event(f"stopped after {stop_after:,} steps, at step {self.step:,}")
+                log.event(f"stopped after {done:,} steps, at step {self.step:,}")
                 return False
             with clock.paused():
                 # nothing is drawn from, or measured of, weights that are lost

@@ -19,15 +19,18 @@ __all__ = [
 ]
 
 
-def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
+def learning_rate_factor(
+    config: OptimizerConfig, step: int, progress: float, begun: int = 0
+) -> float:
     """The learning rate at a step, as a share of its peak.
 
     Args:
         config: The schedule.
         step: Steps done before this one.
         progress: Share of the budget that is spent, in [0, 1).
+        begun: Steps done when the optimizer began without moments, from which it warms up.
     """
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    warmup = min(1.0, (step + 1 - begun) / (config.warmup_steps + 1))
     if config.schedule == "cosine":
         return warmup * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return warmup

@@ -1,6 +1,7 @@
 """From a recipe to a run folder with a trained model in it."""
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,6 +94,7 @@ def train(
     device: str = "auto",
     console: Console | None = None,
     stop_after: int | None = None,
+    stop_minutes: float | None = None,
 ) -> Path:
     """Train what a recipe says, on one process or, started by torchrun, on several.
 
@@ -104,6 +106,7 @@ def train(
         device: ``auto``, ``cpu``, ``cuda``, …
         console: Where progress is shown.
         stop_after: Save a checkpoint and return after so many steps, to be gone on with.
+        stop_minutes: The same after so many minutes of this call, whatever it did in them.
 
     Returns:
         The run folder; the trained model is in its ``model/``.
@@ -114,6 +117,7 @@ def train(
         TrainingError: If the run cannot start or go on.
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is saved.
     """
+    stop_at = None if stop_minutes is None else time.monotonic() + 60 * stop_minutes
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe, overrides)
     elif overrides:
@@ -124,7 +128,7 @@ def train(
         keep_freed_memory()
     with join_ranks(execution.device) as ranks:
         setting = _Setting(execution, ranks, resume, console or Console())
-        _train(recipe, folder, setting, stop_after)
+        _train(recipe, folder, setting, stop_after, stop_at)
     return folder
 
 
@@ -146,7 +150,13 @@ def execution_for(precision: str, device: torch.device) -> Execution:
     return Execution(device=device, precision=torch.float64, reasons=reasons)
 
 
-def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | None = None) -> None:
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    setting: _Setting,
+    stop_after: int | None = None,
+    stop_at: float | None = None,
+) -> None:
     execution, ranks = setting.execution, setting.ranks
     _check_share(recipe, ranks)
     data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
@@ -192,6 +202,7 @@ def _train(recipe: Recipe, folder: Path, setting: _Setting, stop_after: int | No
             checkpoint=checkpoint,
             ranks=ranks,
             stop_after=stop_after,
+            stop_at=stop_at,
         )
     # safetensors raises an error of its own where a file cannot be written
     except (OSError, SafetensorError) as error:

@@ -1,0 +1,250 @@
+"""The programme that trains shipped models: in pieces, carried in small files, and shipped."""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tools.train_shipped import programme as programme_module
+from tools.train_shipped.__main__ import main, seconds_of
+from tools.train_shipped.carry import carry_in, carry_out
+from tools.train_shipped.programme import (
+    Programme,
+    is_finished,
+    open_programme,
+    pieces_of,
+    run_piece,
+    steps_done,
+)
+from tools.train_shipped.ship import describe_training, read_made, ship
+
+import mezzotint
+from mezzotint.checkpoints import shipped
+from mezzotint.checkpoints.registry import resolve_model
+from mezzotint.device import select_device
+from mezzotint.errors import CheckpointError, ConfigError, TrainingError
+from mezzotint.training import run as run_module
+from mezzotint.training.checkpoint import newest_checkpoint
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+DATA = {
+    "kind": "portraits",
+    "concepts": ["red-apple", "fox", "key", "star"],
+    "resolution": 16,
+    "count": 16,
+}
+COMMON = {
+    "data": DATA,
+    "batch_size": 4,
+    "ema_decay": 0.9,
+    "precision": "float32",
+    "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3},
+}
+AUTOENCODER = {
+    "kind": "autoencoder",
+    "name": "tiny-autoencoder",
+    "model": {
+        "kind": "kl",
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "mid_attention": False,
+    },
+    "loss": {"perceptual": 0.0, "adversarial": None, "kl": 0.1},
+    "normalization": "channel",
+    "budget": {"max_steps": 3},
+    **COMMON,
+}
+TEXT = {
+    "kind": "diffusion",
+    "name": "tiny-text-to-image",
+    "first_stage": {"kind": "trained", "path": "autoencoder"},
+    "unet": {
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "attention_levels": [False, True],
+        "cross_attention_dim": 8,
+        "num_attention_heads": 2,
+        "norm_num_groups": 4,
+    },
+    "conditioning": {
+        "kind": "text",
+        "width": 8,
+        "layers": 1,
+        "heads": 2,
+        "max_length": 12,
+        "vocab_size": 128,
+    },
+    "schedule": {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+    "sample_steps": 2,
+    "budget": {"max_steps": 6},
+    **COMMON,
+}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans") / "tiny"
+    folder.mkdir()
+    for name, recipe in (("autoencoder", AUTOENCODER), ("text-to-image", TEXT)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def train(programme: Programme, steps: int | None = None) -> bool:
+    """A piece of so many steps of each stage that it reaches, in place of so many minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if steps is not None:
+
+            def few(*given: Any, stop_minutes: float, **told: Any) -> Path:
+                return run_module.train(*given, stop_after=steps, **told)
+
+            patch.setattr(programme_module, "train", few)
+        return run_piece(programme, time.time() + 600, CPU, processes=1)
+
+
+@pytest.fixture(scope="module")
+def whole(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Programme:
+    """Trained in one piece."""
+    programme = Programme("tiny", plan, tmp_path_factory.mktemp("whole") / "work")
+    assert train(programme)
+    return programme
+
+
+def weights(programme: Programme) -> dict[str, torch.Tensor]:
+    half = programme.work / "text-to-image" / "half"
+    return load_file(half / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_pieces_give_what_one_gives(plan: Path, whole: Programme, tmp_path: Path) -> None:
+    pieces = Programme("tiny", plan, tmp_path / "work")
+    assert [train(pieces, 2) for _ in range(4)] == [False, False, False, True]
+    assert [(p.stage, p.start, p.end) for p in pieces_of(pieces.work)] == [
+        ("autoencoder", 0, 2),
+        ("autoencoder", 2, 3),
+        ("text-to-image", 0, 2),
+        ("text-to-image", 2, 4),
+        ("text-to-image", 4, 6),
+    ]
+    assert not any(piece.restarted for piece in pieces_of(pieces.work))
+    mine, theirs = weights(pieces), weights(whole)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert train(pieces), "what is finished stays so"
+
+
+def test_what_is_carried_goes_on_from_averages_and_warms_up(
+    plan: Path, whole: Programme, tmp_path: Path
+) -> None:
+    there = Programme("tiny", plan, tmp_path / "there")
+    shutil.copytree(whole.work / "autoencoder" / "half", there.work / "autoencoder" / "half")
+    train(there, 4)
+    carry_out(there, tmp_path / "carried")
+    here = Programme("tiny", plan, tmp_path / "here")
+    carry_in(here, tmp_path / "carried")
+    assert is_finished(here.work / "autoencoder")
+    checkpoint, _ = newest_checkpoint(here.work / "text-to-image" / "checkpoints")
+    saved, _ = newest_checkpoint(there.work / "text-to-image" / "checkpoints")
+    assert checkpoint is not None and saved is not None and checkpoint.step == saved.step == 4
+    for name, weight in checkpoint.tensors["weights"].items():
+        assert torch.equal(weight, saved.tensors["ema"][name].half().float())
+        assert torch.equal(weight, checkpoint.tensors["ema"][name])
+    assert train(here)
+    first, last = pieces_of(here.work)
+    assert (first.restarted, last.start, last.end, last.restarted) == (False, 4, 6, True)
+    rows = (here.work / "text-to-image" / "metrics.jsonl").read_text().splitlines()
+    # of the last two steps the cosine leaves 0.25 and 0.067, a new warm-up 1/4 and 2/4 of these
+    assert json.loads(rows[-1])["learning_rate"] < 6.4e-5
+    after, _ = newest_checkpoint(here.work / "text-to-image" / "checkpoints")
+    assert after is not None and after.values["begun"] == 4
+    # where the state itself is as far, it is not replaced by what was carried
+    carry_in(there, tmp_path / "carried")
+    kept, _ = newest_checkpoint(there.work / "text-to-image" / "checkpoints")
+    assert kept is not None and "optimizer" in kept.tensors
+
+
+def test_a_piece_ends_when_its_time_is_up(plan: Path, tmp_path: Path) -> None:
+    programme = Programme("tiny", plan, tmp_path / "work")
+    assert not run_piece(programme, time.time() + 0.01, CPU, processes=1)
+    assert steps_done(programme.work / "autoencoder") < 3
+    assert not is_finished(programme.work / "autoencoder")
+
+
+def test_a_shipped_model_loads_and_draws_by_name(
+    whole: Programme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ship(whole, tmp_path / "models")
+    monkeypatch.setattr(shipped, "_FOLDER", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    assert shipped.shipped_names() == ["tiny"]
+    assert resolve_model("tiny") == folder
+    pipeline = mezzotint.load("tiny", device="cpu", precision="float32")
+    assert (pipeline.name, pipeline.defaults.guidance_scale) == ("tiny", 3.0)
+    (drawn,) = pipeline.generate("a red apple", steps=2)
+    assert drawn.image.size == (16, 16) and drawn.request.model == "tiny"
+    made = read_made(folder)
+    assert any("3 steps" in line for line in describe_training("tiny", made))
+    with pytest.raises(CheckpointError, match="no such model folder; did you mean 'tiny'"):
+        resolve_model("tny")
+    # an existing path that holds a model comes before a name
+    shutil.copytree(folder, tmp_path / "tiny")
+    assert resolve_model("tiny") == Path("tiny")
+    shutil.rmtree(tmp_path / "tiny")
+    (folder / "LICENSE").write_text("another")
+    with pytest.raises(CheckpointError, match="LICENSE: the shipped file is damaged; reinstall"):
+        mezzotint.load("tiny")
+
+
+def test_what_is_not_finished_or_too_large_is_not_shipped(
+    plan: Path, whole: Programme, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="autoencoder: not finished; train on, then ship"):
+        ship(Programme("tiny", plan, tmp_path / "work"), tmp_path / "models")
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "other" / "weights").write_bytes(bytes(24_000_000))
+    with pytest.raises(TrainingError, match="24,000,000 at most are shipped"):
+        ship(whole, tmp_path / "models")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["other"]
+
+
+def test_the_plans_are_recipes_whose_models_fit() -> None:
+    for device in ("cpu", "gpu"):
+        programme = open_programme("emoji", device, None, CPU)
+        assert programme.stages == ("autoencoder", "text-to-image")
+        first, text = (programme.recipe(stage) for stage in programme.stages)
+        assert text.data.resolution == first.data.resolution
+        assert text.unet.out_channels == first.model.latent_channels
+        assert text.first_stage.path == f"runs/shipped/emoji-{device}/autoencoder/half"
+        assert all(recipe.budget.max_minutes is None for recipe in (first, text))
+
+
+def test_nothing_of_the_assets_is_left_out_of_the_wheel() -> None:
+    """The wheel holds all of the package but what git ignores."""
+    path = "src/mezzotint/assets/models/emoji/unet/diffusion_pytorch_model.safetensors"
+    ignored = subprocess.run(["git", "check-ignore", path], cwd=ROOT, check=False)
+    assert ignored.returncode == 1
+
+
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [seconds_of(text) for text in ("9m", "90s", "1.5h")] == [540, 90, 5400]
+    for arguments, message in (
+        (["emoji", "--budget", "9"], "--budget 9: expected a time such as 9m, 90s or 1.5h"),
+        (["emojis", "--plan", "cpu"], "no plan 'cpu' to train it by: did you mean 'emoji-cpu'"),
+        (["emoji", "--plan", str(tmp_path)], "no recipes here; expected autoencoder, text-to"),
+        (
+            ["emoji", "--work", str(tmp_path / "w"), "--carry-in", str(tmp_path)],
+            "nothing was carried here; expected history.json in it",
+        ),
+    ):
+        assert main([*arguments, "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err
+    assert select_device("cpu") == CPU
+    with pytest.raises(ConfigError, match="--budget 0m"):
+        seconds_of("0m")
