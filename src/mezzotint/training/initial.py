@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.load import load_any
 from mezzotint.conditioning.spatial import main_conditioner
+from mezzotint.conditioning.text import TextConditioner
 from mezzotint.errors import ConfigError
 from mezzotint.latent_diffusion import LatentDiffusion, fingerprint
 
-__all__ = ["begin_from"]
+__all__ = ["begin_from", "vocabulary_of"]
 
 _FIRST = "conv_in.weight"  # of the UNet: the one that sees what is concatenated
 
@@ -22,7 +24,7 @@ def begin_from(model: LatentDiffusion, source: str | Path) -> None:
     Channels that this one's UNet has more of at its input, because more is concatenated, begin at
     zero, as Stable Diffusion's inpainting model began: at first the model draws as the other does.
     What conditions by cross-attention is taken over with its vocabulary or classes, which must be
-    the same; what conditions by concatenation is new.
+    the same, see `vocabulary_of`; what conditions by concatenation is new.
 
     Args:
         model: What is to be trained.
@@ -51,6 +53,19 @@ def begin_from(model: LatentDiffusion, source: str | Path) -> None:
             f" this recipe's model, which wants {mine.description}"
         )
     _take_over(mine, theirs.state_dict(), f"initial: the conditioner of {source}")
+
+
+def vocabulary_of(source: str | Path) -> Tokenizer | None:
+    """Return the vocabulary that a model of captions learned; None if it has none of its own.
+
+    Args:
+        source: A run, a model folder or a single file.
+
+    Raises:
+        CheckpointError: If there is no model.
+    """
+    conditioner = main_conditioner(load_any(source, dtype=torch.float32).model.conditioner)
+    return conditioner.tokenizer if isinstance(conditioner, TextConditioner) else None
 
 
 def _latent_space(model: LatentDiffusion) -> str:

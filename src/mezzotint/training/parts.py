@@ -17,6 +17,7 @@ from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.data import AnyDataConfig, ShardStream
 from mezzotint.errors import ConfigError
 from mezzotint.rng import mix
+from mezzotint.training.initial import vocabulary_of
 from mezzotint.training.orders import TrainingData
 from mezzotint.training.ranks import Ranks
 from mezzotint.training.recipe import DiffusionRecipe
@@ -71,23 +72,38 @@ def conditioner_of(
         recipe: Says which.
         data: What it is told of.
         folder: The run folder, in which a vocabulary is kept.
-        ranks: This process among the others; the first learns a vocabulary.
+        ranks: This process among the others; the first learns a vocabulary, or takes that of the
+            model that the recipe begins from.
+
+    Raises:
+        CheckpointError: If there is no such model.
     """
     torch.manual_seed(mix(recipe.seed, 0xC0D))
     config = with_class_names(recipe.conditioning, data.class_names)
     main, tokenizer = main_config(config), None
     if isinstance(main, TextConditionerConfig):
         if ranks.is_first:
-            _train_tokenizer(data, main.vocab_size, folder / "tokenizer.json")
+            _keep_tokenizer(recipe, data, main.vocab_size, folder / "tokenizer.json")
         ranks.wait()
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return build_conditioner(config, tokenizer)
 
 
-def _train_tokenizer(data: TrainingData, vocab_size: int, path: Path) -> None:
-    """Train the vocabulary once and keep it: a resumed run must read the same tokens."""
+def _keep_tokenizer(
+    recipe: DiffusionRecipe, data: TrainingData, vocab_size: int, path: Path
+) -> None:
+    """Find the vocabulary once and keep it: a resumed run must read the same tokens."""
     if path.is_file():
         return
+    temporary = path.with_suffix(".tmp")
+    known = vocabulary_of(recipe.initial) if recipe.initial is not None else None
+    tokenizer = known or train_tokenizer(_captions(data), vocab_size)
+    tokenizer.save(str(temporary))
+    temporary.replace(path)
+
+
+def _captions(data: TrainingData) -> set[str]:
+    """Captions from which a vocabulary is learned, in several wordings."""
     stream = isinstance(data, ShardStream)
     captions = set(data.captions(_STREAM_CAPTIONS)) if stream else set[str]()
     for k in range(0 if stream else len(data)):
@@ -95,6 +111,4 @@ def _train_tokenizer(data: TrainingData, vocab_size: int, path: Path) -> None:
         for variant in range(8):
             generator = torch.Generator().manual_seed(mix(0x70C, k, variant))
             captions.add(data.describe(k, generator).caption or "")
-    temporary = path.with_suffix(".tmp")
-    train_tokenizer(captions, vocab_size).save(str(temporary))
-    temporary.replace(path)
+    return captions
