@@ -197,9 +197,15 @@ class LatentDiffusion(nn.Module):
             encoded = encoded.sample(rng) if rng is not None else encoded.mode()
         return self.normalization.normalize(encoded)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents ``(B, C, h, w)`` to images ``(B, 3, H, W)``, about [-1, 1]."""
-        return self.first_stage.decode(self.normalization.denormalize(latents))
+    def decode(self, latents: Tensor, *, in_stripes: bool = False) -> Tensor:
+        """Normalised latents ``(B, C, h, w)`` to images ``(B, 3, H, W)``, about [-1, 1].
+
+        Args:
+            latents: What to decode.
+            in_stripes: See `mezzotint.models.striped`: less memory, for large images.
+        """
+        z = self.normalization.denormalize(latents)
+        return self.first_stage.decode(z, in_stripes=in_stripes)
 
     def predict(
         self,

@@ -268,8 +268,8 @@ class GenerationRequest(Document):
         tiling: Whether left and right, and top and bottom, shall fit together.
         tiled_sampling: Draw in overlapping tiles, each as large as the model was trained at but of
             32 to 64 latents, that are blended at every step: for pictures far beyond that size.
-        tiled_decoding: Decode in overlapping tiles: less memory for large pictures, at the price of
-            slight differences.
+        tiled_decoding: Decode every layer in stripes that share their statistics: the same picture
+            but for the rounding, in less memory where it is large.
         feature_reuse: Take deep features of earlier steps: faster, and not quite the same picture.
         token_merging: The share of the tokens, 0 to 0.75, that self-attention at the finest level
             merges with similar ones (arXiv 2303.17604): faster where there are many, and not quite

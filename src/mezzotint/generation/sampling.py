@@ -27,7 +27,7 @@ from mezzotint.generation.guides import ImageEnergy, energy_of
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import GenerationRequest, HighRes
 from mezzotint.generation.shared_steps import SharedSteps
-from mezzotint.generation.tiling import decode_in_tiles, denoise_in_tiles, tile_of
+from mezzotint.generation.tiling import denoise_in_tiles, tile_of
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.rng import SampleNoise, VariedNoise, mix
 
@@ -160,12 +160,15 @@ def sample_again(
 
 @torch.inference_mode()
 def decode_latents(pipeline: Pipeline, latents: Tensor, *, tiled: bool = False) -> Tensor:
-    """Turn normalised latents ``(B, C, h, w)`` into pixels ``(B, 3, H, W)``, about [-1, 1]."""
-    model = pipeline.model
+    """Turn normalised latents ``(B, C, h, w)`` into pixels ``(B, 3, H, W)``, about [-1, 1].
+
+    Args:
+        pipeline: The model and how it runs.
+        latents: What to decode.
+        tiled: Whether to decode in stripes, which torch does whatever the engine is.
+    """
     with pipeline.running():
-        if tiled:
-            return decode_in_tiles(model.decode, latents, model.first_stage.factor)
-        return model.decode(latents)
+        return pipeline.model.decode(latents, in_stripes=tiled)
 
 
 def _noise(requests: Sequence[GenerationRequest]) -> SampleNoise:

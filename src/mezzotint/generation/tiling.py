@@ -1,4 +1,4 @@
-"""Pictures that fit together at their edges, and large ones made of tiles that fit together."""
+"""Pictures that fit together at their edges, and large ones drawn in tiles that fit together."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mezzotint.conditioning.base import Conditioning
 
-__all__ = ["decode_in_tiles", "denoise_in_tiles", "seamless", "tile_borders", "tile_of"]
+__all__ = ["denoise_in_tiles", "seamless", "tile_borders", "tile_of"]
 
 TILE, OVERLAP = 64, 16  # latents
 
@@ -36,37 +36,6 @@ def seamless(*networks: nn.Module, active: bool = True) -> Generator[None]:
     finally:
         for convolution in convolutions:
             convolution.padding_mode = "zeros"
-
-
-def decode_in_tiles(
-    decode: Callable[[Tensor], Tensor],
-    latents: Tensor,
-    factor: int,
-    *,
-    tile: int = TILE,
-    overlap: int = OVERLAP,
-) -> Tensor:
-    """Decode piece by piece; where pieces overlap they fade into one another.
-
-    The decoder's normalisation and attention see one tile at a time, so the picture differs
-    slightly from one that was decoded as a whole.
-
-    Args:
-        decode: ``(B, C, h, w)`` latents to ``(B, 3, H, W)`` pixels.
-        latents: What to decode.
-        factor: f, how many times larger the pixels are.
-        tile: Height and width of a tile of latents.
-        overlap: How many latents neighbouring tiles share.
-
-    Returns:
-        ``(B, 3, f h, f w)`` pixels.
-    """
-
-    def piece(rows: slice, columns: slice) -> Tensor:
-        return decode(latents[..., rows, columns])
-
-    height, width = latents.shape[-2:]
-    return _blend(piece, height, width, factor=factor, tile=tile, overlap=overlap)
 
 
 def denoise_in_tiles(
@@ -100,7 +69,7 @@ def denoise_in_tiles(
     def piece(rows: slice, columns: slice) -> Tensor:
         return denoiser(x[..., rows, columns], sigma, cond.crop(rows, columns))
 
-    return _blend(piece, x.shape[-2], x.shape[-1], factor=1, tile=tile, overlap=overlap)
+    return _blend(piece, x.shape[-2], x.shape[-1], tile=tile, overlap=overlap)
 
 
 def tile_of(height: int, width: int) -> int:
@@ -134,37 +103,25 @@ def tile_borders(
 
 
 def _blend(
-    piece: Callable[[slice, slice], Tensor],
-    height: int,
-    width: int,
-    *,
-    factor: int,
-    tile: int,
-    overlap: int,
+    piece: Callable[[slice, slice], Tensor], height: int, width: int, *, tile: int, overlap: int
 ) -> Tensor:
     """Make tiles of rows and columns, and fade them into one another where they overlap."""
     if height <= tile and width <= tile:
         return piece(slice(0, height), slice(0, width))
     total: Tensor | None = None
-    weights = torch.zeros(1, 1, height * factor, width * factor)
+    weights = torch.zeros(1, 1, height, width)
     for top in _starts(height, tile, overlap):
         for left in _starts(width, tile, overlap):
             rows, columns = min(tile, height - top), min(tile, width - left)
-            made = piece(slice(top, top + rows), slice(left, left + columns)).float()
-            weight = _ramp(rows, top, height, overlap, factor)[:, None] * _ramp(
-                columns, left, width, overlap, factor
-            )
+            place = slice(top, top + rows), slice(left, left + columns)
+            made = piece(*place).float()
+            ramp = _ramp(columns, left, width, overlap)
+            weight = (_ramp(rows, top, height, overlap)[:, None] * ramp).to(made.device)
             if total is None:
-                total = made.new_zeros(*made.shape[:2], height * factor, width * factor)
+                total = made.new_zeros(*made.shape[:2], height, width)
                 weights = weights.to(made.device)
-            place = (
-                ...,
-                slice(top * factor, (top + rows) * factor),
-                slice(left * factor, (left + columns) * factor),
-            )
-            weight = weight.to(made.device)
-            total[place] += weight * made
-            weights[place] += weight
+            total[..., *place] += weight * made
+            weights[..., *place] += weight
     assert total is not None
     return total / weights
 
@@ -179,10 +136,10 @@ def _starts(size: int, tile: int, overlap: int) -> Iterator[int]:
         yield round(k * (size - tile) / (count - 1))
 
 
-def _ramp(length: int, start: int, size: int, overlap: int, factor: int) -> Tensor:
+def _ramp(length: int, start: int, size: int, overlap: int) -> Tensor:
     """Weights along one side of a tile: rising and falling where it has a neighbour."""
-    weight = torch.ones(length * factor)
-    rise = (torch.arange(overlap * factor) + 0.5) / (overlap * factor)
+    weight = torch.ones(length)
+    rise = (torch.arange(overlap) + 0.5) / overlap
     if start > 0:
         weight[: len(rise)] = rise
     if start + length < size:

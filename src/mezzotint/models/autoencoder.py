@@ -12,6 +12,7 @@ from mezzotint.config import Config, Count, Width
 from mezzotint.errors import RequestError
 from mezzotint.models.encoder_decoder import ConvolutionalConfig, Decoder, Encoder
 from mezzotint.models.regularizers import DiagonalGaussian, Quantization, VectorQuantizer
+from mezzotint.models.striped import decode_in_stripes
 
 __all__ = [
     "AutoencoderKL",
@@ -72,13 +73,14 @@ class AutoencoderKL(nn.Module):
         _check_size(x, self.factor)
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, *, in_stripes: bool = False) -> Tensor:
         """Return images ``(B, out_channels, H, W)``, near -1..1 but not clamped.
 
         Args:
             z: ``(B, latent_channels, H/f, W/f)`` latents as `encode` gives them.
+            in_stripes: See `mezzotint.models.striped`: less memory, for large images.
         """
-        return self.decoder(self.post_quant_conv(z))
+        return _decode(self.decoder, self.post_quant_conv(z), in_stripes)
 
     @property
     def last_layer(self) -> Tensor:
@@ -154,21 +156,22 @@ class VQModel(nn.Module):
         _check_size(x, self.factor)
         return self.quant_conv(self.encoder(x))
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, *, in_stripes: bool = False) -> Tensor:
         """Quantise continuous latents and decode them.
 
         Args:
             z: ``(B, latent_channels, H/f, W/f)``.
+            in_stripes: See `mezzotint.models.striped`: less memory, for large images.
 
         Returns:
             Images ``(B, out_channels, H, W)``, near -1..1 but not clamped.
         """
         quantization: Quantization = self.quantize(z)
-        return self.decode_quantized(quantization.z_q)
+        return self.decode_quantized(quantization.z_q, in_stripes=in_stripes)
 
-    def decode_quantized(self, z_q: Tensor) -> Tensor:
+    def decode_quantized(self, z_q: Tensor, *, in_stripes: bool = False) -> Tensor:
         """Decode latents ``(B, latent_channels, H/f, W/f)`` that are codes already."""
-        return self.decoder(self.post_quant_conv(z_q))
+        return _decode(self.decoder, self.post_quant_conv(z_q), in_stripes)
 
     @property
     def last_layer(self) -> Tensor:
@@ -209,9 +212,13 @@ class IdentityFirstStage(nn.Module):
         """Return images ``(B, C, H, W)`` as they are."""
         return x
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, *, in_stripes: bool = False) -> Tensor:
         """Return images ``(B, C, H, W)`` as they are."""
         return z
+
+
+def _decode(decoder: Decoder, h: Tensor, in_stripes: bool) -> Tensor:
+    return decode_in_stripes(decoder, h) if in_stripes else decoder(h)
 
 
 def _check_size(x: Tensor, f: int) -> None:

@@ -12,6 +12,8 @@ from mezzotint.rng import SampleNoise
 
 __all__ = ["DiagonalGaussian", "Quantization", "VectorQuantizer"]
 
+_MOST_DISTANCES = 1 << 26  # of vectors to codes that stand in memory at a time
+
 
 class DiagonalGaussian:
     """The encoder's posterior q(z|x) = N(mean, diag(var)), Kingma & Welling 2014.
@@ -131,8 +133,12 @@ class VectorQuantizer(nn.Module):
             codes = widened(self.embedding.weight)
             flat = widened(z).movedim(1, -1).reshape(-1, codes.shape[1])  # (B h w, d)
             # ||z - e||^2 without ||z||^2, which is the same for every code
-            distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2.0)
-        return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])
+            lengths = codes.square().sum(dim=1)
+            nearest = [
+                torch.addmm(lengths, some, codes.T, alpha=-2.0).argmin(dim=1)
+                for some in flat.split(max(1, _MOST_DISTANCES // len(codes)))
+            ]
+        return torch.cat(nearest).view(z.shape[0], *z.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes ``(B, d, h, w)`` of ``indices`` ``(B, h, w)``."""
