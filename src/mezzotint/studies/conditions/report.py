@@ -40,8 +40,8 @@ def write_report(output: Path) -> Path:
         "# Every condition, on held-out scenes",
         "",
         "Printed by `mezzotint study conditions`. Each model was trained from its recipe on scenes"
-        " of 16 or 32 emoji in one latent space, and asked for compositions that no training scene"
-        " has."
+        " of 16 or 32 emoji, in the latent space of an autoencoder of the recipe"
+        " `emoji-autoencoder`, and asked for compositions that no training scene has."
         " *Null*: the same model, same noise, its condition taken away. *Real*: the pictures that"
         " the conditions were taken from, as the judges see them. Judges are a linear classifier on"
         " MobileNetV2 and a small U-Net, trained on real scenes.",
