@@ -15,6 +15,7 @@ from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.device import Execution, autocast, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
+from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.engines.select import Engine, TorchEngine, select_engine
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
@@ -206,10 +207,12 @@ class Pipeline:
             "sampler": self.defaults.sampler,
             "spacing": self.defaults.spacing,
             "guidance_scale": self.defaults.guidance_scale,
+            "steps": self.defaults.steps,
         }
         known = find_sampler(str(given.get("sampler", "")))
-        if known is not None and known.spacing is not None:
-            told["spacing"] = None  # a name such as "DPM++ 2M Karras" says it
+        # a name such as "DPM++ 2M Karras" says it, and distillation was at levels of its own
+        if known is not None and (known.spacing or SAMPLERS[known.sampler].distilled):
+            told["spacing"] = None
         for name, value in told.items():
             if value is not None:
                 given.setdefault(name, value)
