@@ -94,6 +94,7 @@ class DrawnWith(Config):
         eta: Fresh noise of the DDIM family; None is the sampler's default.
         precision: What was computed in.
         engine: What ran the networks.
+        decoder: The sha256 of a small decoder in place of the model's own.
         device: torch's name for the kind of device.
     """
 
@@ -111,6 +112,7 @@ class DrawnWith(Config):
     eta: float | None
     precision: str
     engine: str = "torch"
+    decoder: str | None = None
     device: str
 
 

@@ -165,8 +165,8 @@ def decode_latents(pipeline: Pipeline, latents: Tensor, *, tiled: bool = False) 
     model = pipeline.model
     with pipeline.running():
         if tiled:
-            return decode_in_tiles(model.decode, latents, model.first_stage.factor)
-        return model.decode(latents)
+            return decode_in_tiles(pipeline.decode, latents, model.first_stage.factor)
+        return pipeline.decode(latents)
 
 
 def _noise(requests: Sequence[GenerationRequest]) -> SampleNoise:
