@@ -27,7 +27,7 @@ from mezzotint.data import open_data
 from mezzotint.data.base import Example
 from mezzotint.errors import TrainingError
 from mezzotint.latent_diffusion import LatentNormalization
-from mezzotint.training.finetune_recipe import Recipe
+from mezzotint.training.any_recipe import Recipe
 
 BROKEN = 7
 VQ = "{kind: vq, codebook_size: 256, embedding_dim: 4, mid_attention: false, layers_per_block: 1"

@@ -14,7 +14,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
+from mezzotint.training.any_recipe import Recipe
+from mezzotint.training.decoder_recipe import DecoderRecipe
+from mezzotint.training.distill_recipe import DistillRecipe
+from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 from mezzotint.training.run import train
 
@@ -69,6 +72,34 @@ FINETUNE: dict[str, Any] = {
     "budget": {"max_steps": 3},
 }
 
+DISTILL: dict[str, Any] = {
+    "kind": "distill",
+    "name": "tiny-student",
+    "teacher": "set by the test",
+    "data": {"kind": "emoji", "subset": "demo-48", "resolution": 32},
+    "guidance_range": [1.0, 5.0],
+    "guidance_scale": 3.0,
+    "guidance_embed_dim": 16,
+    "precision": "float32",
+    "batch_size": 4,
+    "optimizer": {"learning_rate": 1e-2},
+    "budget": {"max_steps": 3},
+}
+
+DECODER: dict[str, Any] = {
+    "kind": "decoder",
+    "name": "tiny-decoder",
+    "first_stage": {"kind": "trained", "path": "set by the test"},
+    "data": {"kind": "emoji", "subset": "demo-48", "resolution": 32},
+    "width": 16,
+    "blocks": 1,
+    "loss": {"perceptual": 0.0},
+    "precision": "float32",
+    "batch_size": 4,
+    "optimizer": {"learning_rate": 1e-2},
+    "budget": {"max_steps": 3},
+}
+
 QUIET = Console(quiet=True)
 
 
@@ -99,6 +130,17 @@ class Tiny:
     def finetune(self, base: Path, **changes: Any) -> FinetuneRecipe:
         return FinetuneRecipe.from_dict(merged(FINETUNE, {"base": str(base)} | _dotted(changes)))
 
+    def distill(self, teacher: Path, **changes: Any) -> DistillRecipe:
+        where = {"teacher": str(teacher)}
+        return DistillRecipe.from_dict(merged(DISTILL, where | _dotted(changes)))
+
+    def decoder(self, **changes: Any) -> DecoderRecipe:
+        return DecoderRecipe.from_dict(self._decoder(changes))
+
+    def _decoder(self, changes: dict[str, Any]) -> dict[str, Any]:
+        where = {"first_stage.path": str(self.autoencoder_run)}
+        return merged(DECODER, where | _dotted(changes))
+
     def _diffusion(self, changes: dict[str, Any]) -> dict[str, Any]:
         where = {"first_stage.path": str(self.autoencoder_run)}
         return merged(DIFFUSION, where | _dotted(changes))
@@ -107,6 +149,8 @@ class Tiny:
         """Write a recipe as a YAML file."""
         if kind == "autoencoder":
             data = merged(AUTOENCODER, _dotted(changes))
+        elif kind == "decoder":
+            data = self._decoder(changes)
         else:
             data = self._diffusion(changes)
         path.write_text(yaml.safe_dump(data))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mezzotint.models.unet import UNet
 from mezzotint.rng import SampleNoise
 
 __all__ = ["LARGEST_SCALE", "LEAST_SCALE", "FirstStage", "LatentDiffusion", "LatentNormalization"]
-__all__ += ["encode_moments", "fingerprint"]
+__all__ += ["encode_moments", "fingerprint", "run_unet"]
 
 FirstStage = AutoencoderKL | VQModel | IdentityFirstStage
 LEAST_SCALE, LARGEST_SCALE = 1e-9, 1e9  # latents have deviations of about 0.1 to 100
@@ -225,17 +225,7 @@ class LatentDiffusion(nn.Module):
             guidance: ``(B,)`` scale of guidance, for networks that were distilled with it.
             memory: What the calls of one sampling share.
         """
-        if cond.concat is not None:
-            x = torch.cat([x, cond.concat], dim=1)
-        return self.unet(
-            x,
-            timestep,
-            context=cond.crossattn,
-            context_mask=cond.crossattn_mask,
-            vector=cond.vector,
-            guidance=guidance,
-            memory=memory,
-        )
+        return run_unet(self.unet, x, timestep, cond, guidance=guidance, memory=memory)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -256,6 +246,29 @@ class LatentDiffusion(nn.Module):
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(fingerprint(self.state_dict().items()).encode())
         return digest.hexdigest()[:16]
+
+
+def run_unet(
+    unet: Callable[..., Tensor],
+    x: Tensor,
+    timestep: Tensor,
+    cond: Conditioning,
+    *,
+    guidance: Tensor | None = None,
+    memory: SamplingMemory | None = None,
+) -> Tensor:
+    """Ask a UNet, or what stands for one; see `LatentDiffusion.predict`."""
+    if cond.concat is not None:
+        x = torch.cat([x, cond.concat], dim=1)
+    return unet(
+        x,
+        timestep,
+        context=cond.crossattn,
+        context_mask=cond.crossattn_mask,
+        vector=cond.vector,
+        guidance=guidance,
+        memory=memory,
+    )
 
 
 def check_divisible(name: str, size: int, factor: int) -> None:

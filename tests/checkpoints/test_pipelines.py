@@ -126,7 +126,7 @@ def test_a_consistency_model(tmp_path: Path) -> None:
     assert index["_class_name"] == "LatentConsistencyModelPipeline"
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]
     again = load_pipeline(tmp_path)
-    assert again.defaults == SamplingDefaults(sampler="lcm", guidance_scale=8.5)
+    assert again.defaults == SamplingDefaults(sampler="lcm", guidance_scale=8.5, steps=4)
     assert again.model.unet.config.guidance_embed_dim == 8
     # whatever its scheduler: the network was distilled for this one
     edit(tmp_path / "scheduler" / "scheduler_config.json", skip_prk_steps=False)

@@ -29,6 +29,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from mezzotint.diffusion.consistency import ConsistencyFunction
 from mezzotint.diffusion.denoiser import Denoiser
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.diffusion.schedule import Grid, NoiseSchedule, ScheduleConfig
@@ -260,8 +261,13 @@ def run_ours(
 ) -> list[Tensor]:
     denoiser = Denoiser(network, schedule, whole_times=whole_times)
     states: list[Tensor] = []
-    result = SAMPLERS[case.name].function(
-        lambda x, sigma: denoiser(x, sigma, None),
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoiser(x, sigma, None)
+
+    sampler = SAMPLERS[case.name]
+    result = sampler.function(
+        ConsistencyFunction(denoise, schedule) if sampler.distilled else denoise,
         start(schedule, sigmas),
         sigmas,
         RNG,
@@ -318,14 +324,20 @@ def test_every_step_is_that_of_diffusers(
 
 
 @pytest.mark.parametrize("prediction", EPS_V)
-@pytest.mark.parametrize("steps", [1, 4, 8])
-def test_lcm_is_that_of_diffusers(steps: int, prediction: str, feed: Callable[[int], None]) -> None:
-    """Theirs skips between the image and its input at times near 0, where ours never stands."""
+@pytest.mark.parametrize("steps", [1, 4, 7, 50, None])
+def test_lcm_is_that_of_diffusers(
+    steps: int | None, prediction: str, feed: Callable[[int], None]
+) -> None:
+    """At its own times, and at some near 0, where the input itself weighs in."""
     settings = {"prediction_type": prediction, "steps_offset": 1, "clip_sample": False}
     theirs = LCMScheduler(**BETAS, **settings)
-    theirs.set_timesteps(steps)
     schedule = NoiseSchedule(ScheduleConfig(prediction_type=prediction))
-    sigmas = torch.cat([schedule.t_to_sigma(theirs.timesteps), torch.zeros(1)]).float()
+    if steps is None:
+        theirs.set_timesteps(timesteps=[999, 19, 1, 0])
+        sigmas = torch.cat([schedule.t_to_sigma(theirs.timesteps), torch.zeros(1)]).float()
+    else:
+        theirs.set_timesteps(steps)
+        sigmas = SAMPLERS["lcm"].sigmas(schedule, steps)
     x = start(schedule, sigmas) / math.sqrt(1 + sigmas[0] ** 2)
     case = Case("lcm", LCMScheduler, FLAT, EPS_V)
     ours = run_ours(case, schedule, sigmas, whole_times=False)

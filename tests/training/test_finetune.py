@@ -237,7 +237,7 @@ def test_the_prior_is_drawn_once_and_weighs_as_it_is_told(tiny, text_run, tmp_pa
         part = replace(batch, **{
             "latents": [batch.latents[k] for k in rows], "told": [batch.told[k] for k in rows],
             "drop": batch.drop[rows], "drop_spatial": batch.drop_spatial[rows],
-            "t": batch.t[rows], "seeds": [batch.seeds[k] for k in rows], "weights": None,
+            "drawn": batch.drawn[rows], "seeds": [batch.seeds[k] for k in rows], "weights": None,
         })  # fmt: skip
         losses.append(again._loss(part, slice(0, 2))[0].item())
     whole = again._loss(batch, slice(0, 4))[0].item()

@@ -1,4 +1,4 @@
-"""Fine-tuning on two processes is that on one, and `--verify-resume` proves it resumed exactly."""
+"""Going on from a model: two processes do what one does, and a run is resumed exactly."""
 
 import json
 import subprocess
@@ -37,6 +37,8 @@ def test_two_processes_train_what_one_does(tiny, text_run, clip_base, tmp_path):
     recipes = {
         "lora": tiny.finetune(text_run, **LORA, **EXACT),
         "word": tiny.finetune(clip_base, method="textual_inversion", token=token, **EXACT),
+        "decoder": tiny.decoder(accumulate=2, **EXACT),
+        "student": tiny.distill(text_run, accumulate=2, **EXACT),
         "texts": tiny.finetune(clip_base, caption_templates=["a cat", "a dog"], **EXACT),
     }
     for name, recipe in recipes.items():
@@ -65,7 +67,7 @@ def test_two_processes_train_what_one_does(tiny, text_run, clip_base, tmp_path):
         assert "3 captions encoded, 0 found in the cache" in told, told
 
 
-def test_verify_resume_knows_fine_tuning(tiny, text_run, tmp_path, monkeypatch):
+def test_verify_resume_knows_what_goes_on_from_a_model(tiny, text_run, tmp_path, monkeypatch):
     """Three trainings, here in one process, whose imports alone would take most of a minute."""
 
     def in_this_process(recipe, run, device, **options):
@@ -75,8 +77,10 @@ def test_verify_resume_knows_fine_tuning(tiny, text_run, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "_in_new_process", in_this_process)
     changes = LORA | {"lora": {"rank": 2, "dropout": 0.1}, "ema_decay": 0.9}
     (tmp_path / "lora.yaml").write_text(to_yaml(tiny.finetune(text_run, **changes)))
+    (tmp_path / "student.yaml").write_text(to_yaml(tiny.distill(text_run)))
     try:
-        same = verify.verify_resume(tmp_path / "lora.yaml", before=2, after=2, device="cpu")
+        for name in ("lora", "student"):
+            same = verify.verify_resume(tmp_path / f"{name}.yaml", before=2, after=2, device="cpu")
+            assert same.tensors > 100 and same.numbers > 10_000
     finally:
         torch.use_deterministic_algorithms(False)
-    assert same.tensors > 100 and same.numbers > 10_000

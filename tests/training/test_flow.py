@@ -79,13 +79,13 @@ def test_the_stream_of_a_sample_is_a_promise(
     monkeypatch.setattr(DiffusionTask, "_make_batch", make)
     changes = FLOW if flow else {}
     tiny.train(tiny.diffusion(**changes, budget={"max_steps": 1}), tmp_path / "run")
-    first = seen[0]
+    first, t = seen[0], seen[0].drawn[:, 0]
     assert first.drop.tolist() == [False, True, True, False]
     assert first.seeds[0] == 3213723659418404481
     if flow:
-        assert first.t.dtype == torch.float32 and bool((first.t != first.t.round()).all())
+        assert first.drawn.dtype == torch.float32 and bool((t != t.round()).all())
     else:
-        assert first.t.dtype == torch.int64 and first.t.tolist() == [137, 905, 383, 214]
+        assert first.drawn.dtype == torch.int64 and t.tolist() == [137, 905, 383, 214]
 
 
 def test_a_trained_flow_learns_its_data(tiny: Any, tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ class SamplingDefaults:
         sampler: A name of `mezzotint.diffusion.samplers.SAMPLERS`.
         spacing: Of the noise levels.
         guidance_scale: Of classifier-free guidance.
+        steps: How many noise levels the sampler visits.
     """
 
     sampler: str | None = None
     spacing: Spacing | None = None
     guidance_scale: float | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def save_model(
     save_first_stage(model.first_stage, model.normalization, folder / "vae", dtype)
     size = {"sample_size": list(sample_size(model))}
     save_component(model.unet, folder / "unet", size, dtype)
-    scheduler, _ = write_scheduler(model.schedule_config)
+    scheduler, _ = write_scheduler(model.schedule_config, defaults)
     write_json(folder / "scheduler" / FILE, scheduler)
     save_conditioner(model.conditioner, folder / "conditioner", dtype)
     unet = read_component_config(folder / "unet")["_class_name"]

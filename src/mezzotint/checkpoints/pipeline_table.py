@@ -33,6 +33,7 @@ class PipelineLayout:
         scaled: Whether it scales the network's input; see `write_scheduler`.
         sampler: What draws for it if its scheduler does not say.
         guidance_scale: What its software takes where nothing is said.
+        steps: The same of the number of steps, where it is far from the program's own.
     """
 
     first_stage: Literal["vae", "vqvae"]
@@ -44,6 +45,7 @@ class PipelineLayout:
     scaled: bool = True
     sampler: str | None = None
     guidance_scale: float | None = None
+    steps: int | None = None
 
 
 _STABLE = PipelineLayout(
@@ -55,7 +57,7 @@ _STABLE = PipelineLayout(
     standard=True,
     guidance_scale=7.5,
 )
-_CONSISTENCY = replace(_STABLE, standard=False, sampler="lcm", guidance_scale=8.5)
+_CONSISTENCY = replace(_STABLE, standard=False, sampler="lcm", guidance_scale=8.5, steps=4)
 PIPELINES: Mapping[str, PipelineLayout] = {
     "StableDiffusionPipeline": _STABLE,
     "StableDiffusionImg2ImgPipeline": _STABLE,

@@ -124,7 +124,12 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
     sampler = scheduler.defaults.sampler or layout.sampler
     return LoadedModel(
         model=model.eval(),
-        defaults=replace(scheduler.defaults, sampler=sampler, guidance_scale=layout.guidance_scale),
+        defaults=replace(
+            scheduler.defaults,
+            sampler=sampler,
+            guidance_scale=layout.guidance_scale,
+            steps=layout.steps,
+        ),
         files=_files(folder, layout),
         notes=(*scheduler.notes, *notes, *_not_used(index, layout)),
         left_out=_left_out(folder, layout),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfigOption",
+    "DecoderOption",
     "DeviceOption",
     "EngineOption",
     "FamilyOption",
@@ -30,6 +31,14 @@ PrecisionOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(help="auto, torch or openvino: what runs the networks.", rich_help_panel=_PANEL),
+]
+DecoderOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A small decoder in place of the model's own, faster and not quite the same: a run of"
+        " kind decoder, or a folder of diffusers' AutoencoderTiny.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,

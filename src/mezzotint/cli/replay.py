@@ -21,6 +21,9 @@ def replay(
     engine: Annotated[
         str, typer.Option(help="torch or openvino; auto: what has drawn the picture.")
     ] = "auto",
+    decoder: Annotated[
+        Path | None, typer.Option(help="Where the small decoder is now, if it has moved.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -37,7 +40,9 @@ def replay(
     from mezzotint.generation.replay import replay as redraw
 
     path = picture_path(output, f"{image.stem}-replay")
-    drawn = redraw(image, model=model, device=device, inputs=inputs or (), engine=engine)
+    drawn = redraw(
+        image, model=model, device=device, inputs=inputs or (), engine=engine, decoder=decoder
+    )
     write_image(drawn.image, drawn.request, path)
     print(path)
     with Image.open(image) as file:

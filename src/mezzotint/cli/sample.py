@@ -7,6 +7,7 @@ import typer
 
 from mezzotint.cli.loading import (
     ConfigOption,
+    DecoderOption,
     DeviceOption,
     EngineOption,
     FamilyOption,
@@ -204,6 +205,7 @@ def sample(
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
+    decoder: DecoderOption = None,
     config: ConfigOption = None,
     family: FamilyOption = None,
     prediction: PredictionOption = None,
@@ -298,6 +300,7 @@ def sample(
         device=device,
         precision=precision,
         engine=engine,
+        decoder=decoder,
         config=config,
         family=family,
         prediction=prediction,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mezzotint.config import Config
 from mezzotint.diffusion.schedule import (
+    DISTILLED_STEPS,
     MAX_SIGMA,
     Grid,
     NoiseSchedule,
@@ -22,6 +23,8 @@ from mezzotint.diffusion.schedule import (
     Spacing,
     check_spacing,
     curve,
+    evenly,
+    most_steps,
     unit_variance,
 )
 
@@ -152,13 +155,15 @@ class FlowSchedule:
         """
         grid = grid or Grid()
         total = self.num_train_timesteps
-        check_spacing(steps, total - grid.spare, spacing)
+        check_spacing(steps, most_steps(total, spacing, grid), spacing)
         laid = steps + grid.spare
         count = torch.arange(steps, dtype=torch.float64)
         lowest = 1 / total
         if spacing in ("karras", "exponential"):
             ends = self.t_to_sigma(self._shifted(torch.tensor([1.0, lowest]).double()) * total)
             sigmas = curve(spacing, steps, *ends.tolist())
+        elif spacing == "trailing" and grid.distilled:
+            sigmas = self.t_to_sigma(evenly(self.distilled_times()[1:], steps))
         else:
             match spacing:
                 case "trailing":
@@ -173,6 +178,16 @@ class FlowSchedule:
                     parts = torch.linspace(1, end, laid, dtype=torch.float64)[:steps]
             sigmas = self.t_to_sigma(self._shifted(parts) * total)
         return torch.cat([sigmas, torch.zeros(1)]).float()
+
+    def distilled_times(self) -> Tensor:
+        """Return the times between which consistency models are distilled.
+
+        Returns:
+            ``(51,)`` float64, rising: from 0 to T, even but for the shift.
+        """
+        count = min(DISTILLED_STEPS, self.num_train_timesteps)
+        parts = torch.arange(count + 1, dtype=torch.float64) / count
+        return self._shifted(parts) * self.num_train_timesteps
 
     def start_scale(self, sigma: float | Tensor) -> float:
         """Return what standard normal noise is multiplied by to start sampling at ``sigma``."""

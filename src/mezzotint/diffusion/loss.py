@@ -8,7 +8,7 @@ from mezzotint.device import widened
 from mezzotint.diffusion.denoiser import Network
 from mezzotint.diffusion.flow import Schedule
 
-__all__ = ["Deviation", "Weighting", "diffusion_loss", "loss_weight"]
+__all__ = ["Deviation", "Weighting", "diffusion_loss", "loss_weight", "pseudo_huber"]
 
 C = TypeVar("C")
 Weighting = Literal["simple", "min_snr"]
@@ -50,6 +50,25 @@ def loss_weight(schedule: Schedule, t: Tensor, weighting: Weighting, gamma: floa
             return capped
         case "flow_prediction":
             return capped / (snr.sqrt() + 1) ** 2
+
+
+def pseudo_huber(found: Tensor, wanted: Tensor, c: float) -> Tensor:
+    """Return the mean of ``sqrt(d**2 + c**2) - c`` over each sample's deviations d.
+
+    Squared where they are far below c, absolute where they are far above (Song and Dhariwal, arXiv
+    2310.14189, section 3.3, there of the whole sample, here of each element as latent consistency
+    models are trained).
+
+    Args:
+        found: ``(B, ...)``.
+        wanted: Of the same shape.
+        c: Above 0.
+
+    Returns:
+        ``(B,)`` float32 or wider.
+    """
+    off = widened(found) - widened(wanted)
+    return ((off**2 + c**2).sqrt() - c).flatten(1).mean(1)
 
 
 def diffusion_loss(

@@ -62,7 +62,8 @@ class SamplerInfo:
         calls_per_step: Network calls per step (``plms`` makes one more in the first; those that
             make two make one in the last, if it ends at 0).
         stochastic: Whether it draws noise on the way unless an option says otherwise.
-        distilled: Whether it is for networks alone that were distilled for it.
+        distilled: Whether it is for networks alone that were distilled for it, and asks a
+            `mezzotint.diffusion.consistency.ConsistencyFunction`.
     """
 
     name: str
@@ -202,7 +203,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             name="lcm",
             function=consistency,
             options=("eta",),
-            grid=Grid(to_zero=True),
+            grid=Grid(to_zero=True, distilled=True),
             order=1,
             stochastic=True,
             distilled=True,

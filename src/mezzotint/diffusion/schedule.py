@@ -18,6 +18,7 @@ from mezzotint.config import Config
 from mezzotint.errors import RequestError, nearest
 
 __all__ = [
+    "DISTILLED_STEPS",
     "MAX_SIGMA",
     "SPACINGS",
     "Grid",
@@ -27,6 +28,8 @@ __all__ = [
     "Spacing",
     "check_spacing",
     "curve",
+    "evenly",
+    "most_steps",
     "unit_variance",
 ]
 
@@ -35,6 +38,7 @@ Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "s
 
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 MAX_SIGMA = 4096.0  # stands for zero terminal SNR: alphas_cumprod = 2**-24, finite in float32
+DISTILLED_STEPS = 50  # of the path that latent consistency models are distilled from
 _SNAP = 1e-3  # times nearer than this to a whole one are that one: float32 sigmas lose no more
 
 
@@ -90,19 +94,20 @@ class Grid:
     """Conventions by which samplers lay the same spacing differently.
 
     They change which pictures come out, not whether they are right; each sampler's are those of
-    the diffusers scheduler of its name, so that a public model draws the same picture. (Not
-    ``lcm``'s, whose scheduler takes its levels from the 50 of the distillation.)
+    the diffusers scheduler of its name, so that a public model draws the same picture.
 
     Attributes:
         whole: Round ``linspace`` times to whole ones; without it, noise levels at times between
             are linear between their neighbours'.
         spare: Lay ``linspace`` and ``leading`` for one step more and leave out the lowest time.
         to_zero: End at sigma 0 even if the schedule says ``set_alpha_to_one: false``.
+        distilled: Choose the times of ``trailing`` among those of `NoiseSchedule.distilled_times`.
     """
 
     whole: bool = True
     spare: bool = False
     to_zero: bool = False
+    distilled: bool = False
 
 
 class NoiseSchedule:
@@ -239,7 +244,7 @@ class NoiseSchedule:
             RequestError: If there is no such spacing or the number of steps is out of range.
         """
         grid = grid or Grid()
-        check_spacing(steps, self.num_train_timesteps - grid.spare, spacing)
+        check_spacing(steps, most_steps(self.num_train_timesteps, spacing, grid), spacing)
         if spacing in ("karras", "exponential"):
             sigmas = curve(spacing, steps, self.sigmas[-1].item(), self.sigmas[0].item())
         elif spacing == "sgm_uniform":
@@ -254,6 +259,17 @@ class NoiseSchedule:
         end = torch.zeros(1) if ends_at_zero else self.sigmas[:1]
         return torch.cat([sigmas, end]).float()
 
+    def distilled_times(self) -> Tensor:
+        """Return the times between which latent consistency models are distilled.
+
+        Returns:
+            ``(51,)`` float64, rising: 0, and then ``k - 1``, ``2 k - 1``, … with k a fiftieth of
+            the training times, rounded down (arXiv 2310.04378, section 4.3; k = 20 of 1000).
+        """
+        skipped = self.num_train_timesteps // min(DISTILLED_STEPS, self.num_train_timesteps)
+        count = min(DISTILLED_STEPS, self.num_train_timesteps)
+        return (torch.arange(count + 1, dtype=torch.float64) * skipped - 1).clamp(min=0)
+
     def start_scale(self, sigma: float | Tensor) -> float:
         """Return what standard normal noise is multiplied by to start sampling at ``sigma``."""
         return unit_variance(sigma)
@@ -261,6 +277,8 @@ class NoiseSchedule:
     def _times(self, steps: int, spacing: Spacing, grid: Grid) -> Tensor:
         total, laid = self.num_train_timesteps, steps + grid.spare
         count = torch.arange(steps, dtype=torch.float64)
+        if spacing == "trailing" and grid.distilled:
+            return evenly(self.distilled_times()[1:], steps)
         if spacing == "trailing":
             return (total - count * (total / steps)).round() - 1
         if spacing == "leading":
@@ -290,6 +308,19 @@ def unit_variance(sigma: float | Tensor) -> float:
     in its place, of an image.
     """
     return math.sqrt(1 + float(sigma) ** 2)
+
+
+def evenly(times: Tensor, steps: int) -> Tensor:
+    """Choose so many of rising times, from the last down, about evenly by their places."""
+    places = torch.arange(steps) * len(times) // steps
+    return times.flip(0)[places]
+
+
+def most_steps(num_train_timesteps: int, spacing: str, grid: Grid) -> int:
+    """Return how many steps a spacing has room for."""
+    if spacing == "trailing" and grid.distilled:
+        return min(DISTILLED_STEPS, num_train_timesteps)
+    return num_train_timesteps - grid.spare
 
 
 def check_spacing(steps: int, most: int, spacing: str) -> None:

@@ -78,6 +78,7 @@ class DrawnPictures:
             device,
             precision,
             engine,
+            model.decoder.path if isinstance(model, Pipeline) and model.decoder else None,
         )
         self._drawing, self.conditions, self._source = drawing, conditions, source
         self._count = count
@@ -102,6 +103,7 @@ class DrawnPictures:
             token_merging=first.token_merging,
             precision=precision_name(self.pipeline.execution.precision),
             engine=self.pipeline.engine.name,
+            decoder=self.pipeline.decoder.sha256 if self.pipeline.decoder else None,
             device=self.pipeline.execution.device.type,
         )
 
@@ -115,8 +117,8 @@ class DrawnPictures:
     def pipeline(self) -> Pipeline:
         """The model, loaded at first use in each process."""
         if self._pipeline is None:
-            model, device, precision, engine = self._how_to_load
-            self._pipeline = load(model, device, precision, engine=engine)
+            model, device, precision, engine, decoder = self._how_to_load
+            self._pipeline = load(model, device, precision, engine=engine, decoder=decoder)
         return self._pipeline
 
     @property

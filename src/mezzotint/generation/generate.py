@@ -20,7 +20,7 @@ from mezzotint.generation.blending import blend_in
 from mezzotint.generation.canvas import back_project, lay_out
 from mezzotint.generation.guides import ImageEnergy, energy_of, refuse_unknown
 from mezzotint.generation.inputs import InputPictures
-from mezzotint.generation.request import GenerationRequest, ReadAs, Resolved
+from mezzotint.generation.request import DecoderUse, GenerationRequest, ReadAs, Resolved
 from mezzotint.generation.sampling import (
     decode_latents,
     sample_again,
@@ -158,10 +158,11 @@ def _draw(
     first, model = rows[0], pipeline.model
     canvas = lay_out(model, rows, pictures)
     adapters = adapters_of(pipeline, first)
+    small = () if pipeline.decoder is None else (pipeline.decoder.decoder,)
     guide = energy_of(first, pictures, functions, pipeline.execution.device)
     with (
         pipeline.adapted(adapters) as sums,
-        seamless(model.unet, model.first_stage, active=first.tiling),
+        seamless(model.unet, model.first_stage, *small, active=first.tiling),
     ):
         latents = sample_latents(
             pipeline,
@@ -223,6 +224,7 @@ def _most_at_once(pipeline: Pipeline, request: GenerationRequest, pictures: Inpu
 
 
 def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str]) -> Resolved:
+    small = pipeline.decoder
     return Resolved(
         model_hash=pipeline.model_hash,
         precision=precision_name(pipeline.execution.precision),
@@ -235,6 +237,7 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
         engine_version=pipeline.engine.version,
+        decoder=DecoderUse(path=str(small.path), sha256=small.sha256) if small else None,
         adapters=sums,
         read_as=ReadAs.from_dict(pipeline.read_as),
     )

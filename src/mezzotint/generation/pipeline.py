@@ -4,36 +4,31 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 from PIL import Image
+from torch import Tensor
 
 from mezzotint.checkpoints.adapters import adapters
+from mezzotint.checkpoints.decoders import LoadedDecoder, check_decoder, load_decoder
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.device import Execution, autocast, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
+from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.engines.select import Engine, TorchEngine, select_engine
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
 from mezzotint.generation.inputs import InputPictures
-from mezzotint.generation.request import (
-    AdapterUse,
-    FeatureReuse,
-    GenerationRequest,
-    GuideUse,
-    HighRes,
-    InputImage,
-    LayoutBox,
-    Task,
-)
+from mezzotint.generation.more_fields import MoreFields
+from mezzotint.generation.request import AdapterUse, GenerationRequest, InputImage, Task
 from mezzotint.generation.shared_steps import check_approximations
 from mezzotint.latent_diffusion import LatentDiffusion
 
-__all__ = ["MoreFields", "Pipeline", "load"]
+__all__ = ["Pipeline", "load"]
 
 Picture = str | Path | Image.Image
 
@@ -54,29 +49,6 @@ _CONDITIONS = {"prompt": "caption", "class_label": "label", "layout": "layout"}
 _WORDS = {"prompt": "a prompt", "class_label": "a class", "layout": "a layout"}
 
 
-class MoreFields(TypedDict, total=False):
-    """Fields of `GenerationRequest` that are seldom given."""
-
-    layout: Sequence[LayoutBox]
-    padding: tuple[int, int, int, int]
-    strength: float
-    high_res: HighRes
-    guidance_interval: tuple[float, float]
-    guides: Sequence[GuideUse]
-    variation_seed: int
-    variation_strength: float
-    emphasis: Literal["original", "no_norm", "ignore", "none"]
-    clip_skip: int
-    adapters: Sequence[AdapterUse]
-    tiling: bool
-    tiled_sampling: bool
-    tiled_decoding: bool
-    feature_reuse: FeatureReuse
-    token_merging: float
-    back_projection: int
-    poisson_blending: bool
-
-
 class Pipeline:
     """A `LatentDiffusion`, the device and precision that it runs in, and what runs it.
 
@@ -86,6 +58,10 @@ class Pipeline:
         name: What requests call the model: the path that `load` finds it by.
         source: What its files say beyond it.
         engine: What runs its networks; by default torch.
+        decoder: A small one that decodes in place of the model's own.
+
+    Raises:
+        ConfigError: If the decoder is that of another autoencoder.
 
     Attributes:
         defaults: What a request takes where it says nothing.
@@ -101,9 +77,14 @@ class Pipeline:
         name: str,
         source: LoadedModel | None = None,
         engine: Engine | None = None,
+        decoder: LoadedDecoder | None = None,
     ) -> None:
         self.model = model.to(execution.device).eval()
         self.execution = execution
+        self.decoder = decoder
+        if decoder is not None:
+            check_decoder(decoder, self.model.first_stage, self.model.normalization)
+            decoder.decoder.to(execution.device)
         self.engine: Engine = engine or TorchEngine()
         self.name = name
         self.defaults = source.defaults if source else SamplingDefaults()
@@ -139,6 +120,17 @@ class Pipeline:
         """Compute in this pipeline's precision and by its engine, for a while."""
         with autocast(self.execution), self.engine.running(self.model):
             yield
+
+    def decode(self, latents: Tensor, *, in_stripes: bool = False) -> Tensor:
+        """Normalised latents ``(B, C, h, w)`` to images ``(B, 3, H, W)``, about [-1, 1].
+
+        Args:
+            latents: What to decode.
+            in_stripes: See `LatentDiffusion.decode`; a small decoder needs little memory anyway.
+        """
+        if self.decoder is not None:
+            return self.decoder.decoder(latents)
+        return self.model.decode(latents, in_stripes=in_stripes)
 
     def adapted(self, uses: Sequence[AdapterUse]) -> AbstractContextManager[dict[str, str]]:
         """Let adapters act for a while; gives the sha256 of each by name."""
@@ -206,10 +198,12 @@ class Pipeline:
             "sampler": self.defaults.sampler,
             "spacing": self.defaults.spacing,
             "guidance_scale": self.defaults.guidance_scale,
+            "steps": self.defaults.steps,
         }
         known = find_sampler(str(given.get("sampler", "")))
-        if known is not None and known.spacing is not None:
-            told["spacing"] = None  # a name such as "DPM++ 2M Karras" says it
+        # a name such as "DPM++ 2M Karras" says it, and distillation was at levels of its own
+        if known is not None and (known.spacing or SAMPLERS[known.sampler].distilled):
+            told["spacing"] = None
         for name, value in told.items():
             if value is not None:
                 given.setdefault(name, value)
@@ -352,6 +346,7 @@ def load(
     precision: str = "auto",
     *,
     engine: str = "auto",
+    decoder: str | Path | None = None,
     config: str | Path | None = None,
     family: str | None = None,
     prediction: str | None = None,
@@ -371,7 +366,9 @@ def load(
             checkpoints stand in memory in it.
         engine: What runs the UNet and the decoder: ``auto`` and ``torch`` are torch, ``openvino``
             is OpenVINO on the processor (extra ``openvino``), which converts a model before its
-            first picture.
+            picture.
+        decoder: A small decoder in place of the model's own, faster and not quite the same: a
+            finished run of kind ``decoder``, or a folder of diffusers' ``AutoencoderTiny``.
         config: The YAML of a single file, if it does not lie beside it.
         family: What a single file is, if it is recognised wrongly.
         prediction: ``epsilon`` or ``v_prediction``, if that of a single file is guessed wrongly.
@@ -379,7 +376,8 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, or it is damaged.
-        ConfigError: If the device, the precision or the engine is not to be had.
+        ConfigError: If the device, the precision or the engine is not to be had, or the decoder
+            is that of another autoencoder.
         MissingExtraError: If the engine, or a text encoder's package, is not installed.
     """
     if engine == "openvino" and device == "auto":
@@ -394,7 +392,8 @@ def load(
         prediction=prediction,
         weights=weights,
     )
-    pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs)
+    small = load_decoder(decoder) if decoder is not None else None
+    pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs, small)
     if isinstance(runs, TorchEngine):
         runs.prepare(pipeline.model, execution)
     return pipeline

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mezzotint.checkpoints.decoders import LoadedDecoder
 from mezzotint.device import select_device
 from mezzotint.errors import ConfigError, RequestError
 from mezzotint.generation.adapters import adapters_of
@@ -14,6 +15,7 @@ from mezzotint.generation.guides import refuse_unknown
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.metadata import read_request
 from mezzotint.generation.pipeline import load
+from mezzotint.generation.request import DecoderUse
 
 __all__ = ["replay"]
 
@@ -36,6 +38,14 @@ def _present(device: str) -> bool:
     return True
 
 
+def _check_decoder(path: Path, recorded: DecoderUse, found: LoadedDecoder) -> None:
+    if found.sha256 != recorded.sha256:
+        raise RequestError(
+            f"{path}: decoded by a decoder with the hash {recorded.sha256}, but {found.path} has"
+            f" {found.sha256}; name the right one with --decoder"
+        )
+
+
 def replay(
     path: Path,
     model: str | None = None,
@@ -43,6 +53,7 @@ def replay(
     inputs: Sequence[Path] = (),
     *,
     engine: str = "auto",
+    decoder: str | Path | None = None,
 ) -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
@@ -56,13 +67,14 @@ def replay(
             of device may differ in the last bit.
         inputs: The pictures that it began from, where they are no longer where they were.
         engine: ``auto`` is what drew it. Another may differ by a rounding.
+        decoder: Where the small decoder is now that decoded it, if it has moved.
 
     Returns:
         The picture, and its request with the engine that has drawn it now.
 
     Raises:
-        RequestError: If the picture holds no request, or the model, an adapter or an input is not
-            the one that drew it, or a Python function guided it.
+        RequestError: If the picture holds no request, or the model, a decoder, an adapter or an
+            input is not the one that drew it, or a Python function guided it.
         MissingExtraError: If its engine is not installed.
     """
     request = read_request(path)
@@ -74,9 +86,19 @@ def replay(
     refuse_unknown(request)
     read_as = {name: told for name, told in resolved.read_as.to_dict().items() if told is not None}
     engine = resolved.engine if engine == "auto" else engine
+    small = resolved.decoder
+    if decoder is not None and small is None:
+        raise RequestError(f"{path}: the model's own decoder decoded it; leave --decoder out")
     pipeline = load(
-        model or str(request.model), device, resolved.precision, engine=engine, **read_as
+        model or str(request.model),
+        device,
+        resolved.precision,
+        engine=engine,
+        decoder=decoder or (small.path if small is not None else None),
+        **read_as,
     )
+    if small is not None and pipeline.decoder is not None:
+        _check_decoder(path, small, pipeline.decoder)
     if pipeline.model_hash != resolved.model_hash:
         raise RequestError(
             f"{path}: drawn by a model with the hash {resolved.model_hash}, but {pipeline.name} has"

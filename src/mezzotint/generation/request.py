@@ -11,6 +11,7 @@ from mezzotint.errors import ConfigError, RequestError, nearest
 
 __all__ = [
     "AdapterUse",
+    "DecoderUse",
     "FeatureReuse",
     "GenerationRequest",
     "GuideUse",
@@ -173,6 +174,18 @@ class FeatureReuse(Config):
     blocks: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+class DecoderUse(Config):
+    """A small decoder that decoded in place of the model's own.
+
+    Attributes:
+        path: Where it was.
+        sha256: Of its files.
+    """
+
+    path: str
+    sha256: Sha256
+
+
 class ReadAs(Config):
     """What was said of a single file in place of a guess; see `mezzotint.load`."""
 
@@ -197,6 +210,7 @@ class Resolved(Config):
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
         engine_version: The engine that it ran on, if that is another.
+        decoder: What decoded in place of the model's own decoder, if anything did.
         adapters: The sha256 of each adapter and embedding that acted, by name.
         read_as: What was said of the model's file when it was read.
     """
@@ -213,6 +227,7 @@ class Resolved(Config):
     mezzotint_version: str
     torch_version: str
     engine_version: str | None = None
+    decoder: DecoderUse | None = None
     adapters: dict[str, Sha256] = {}
     read_as: ReadAs = ReadAs()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mezzotint.conditioning.base import Conditioning
+from mezzotint.diffusion.consistency import ConsistencyFunction
 from mezzotint.diffusion.denoiser import Denoiser
 from mezzotint.diffusion.energy_guidance import EnergyGuidance
 from mezzotint.diffusion.guidance import ClassifierFreeGuidance
@@ -168,7 +169,7 @@ def decode_latents(pipeline: Pipeline, latents: Tensor, *, tiled: bool = False) 
         tiled: Whether to decode in stripes, which torch does whatever the engine is.
     """
     with pipeline.running():
-        return pipeline.model.decode(latents, in_stripes=tiled)
+        return pipeline.decode(latents, in_stripes=tiled)
 
 
 def _noise(requests: Sequence[GenerationRequest]) -> SampleNoise:
@@ -202,6 +203,8 @@ def _sample(
         shared.acting(),
     ):
         denoise = _denoise(pipeline, requests, canvas, shared)
+        if sampler.distilled:
+            denoise = ConsistencyFunction(denoise, model.schedule)
         if guide is not None:
             denoise = _led(model, denoise, guide, canvas)
         noise = rng.normal(shape).to(device)

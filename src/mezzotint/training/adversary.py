@@ -10,6 +10,7 @@ from mezzotint.models.discriminator import (
     generator_loss,
     hinge_discriminator_loss,
 )
+from mezzotint.training.decoder_recipe import DecoderRecipe
 from mezzotint.training.optimizer import build_optimizer
 from mezzotint.training.parallel import Parallel
 from mezzotint.training.ranks import Ranks
@@ -41,7 +42,9 @@ class Adversary:
         ranks: This process among the others of the run.
     """
 
-    def __init__(self, recipe: AutoencoderRecipe, execution: Execution, ranks: Ranks) -> None:
+    def __init__(
+        self, recipe: AutoencoderRecipe | DecoderRecipe, execution: Execution, ranks: Ranks
+    ) -> None:
         assert recipe.loss.adversarial is not None
         self.config, self.execution, self.ranks = recipe.loss.adversarial, execution, ranks
         self.parts = recipe.accumulate

@@ -53,7 +53,7 @@ from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import AutoencoderRecipe
 from mezzotint.training.snapshots import save_if_due
 
-__all__ = ["AutoencoderTask", "to_pixels"]
+__all__ = ["AutoencoderTask", "Opponent", "to_pixels"]
 
 _PREVIEWS = 8
 _VECTORS_PER_CODE = 4

@@ -10,6 +10,7 @@ from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache, build_latent_cache
 from mezzotint.data.texts import TextCache, build_text_cache
 from mezzotint.latent_diffusion import FirstStage, LatentNormalization
+from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.ranks import Ranks
 from mezzotint.training.recipe import DiffusionRecipe
@@ -17,7 +18,7 @@ from mezzotint.training.recipe import DiffusionRecipe
 __all__ = ["cache_folder", "cache_sentences", "open_latent_cache", "open_text_cache"]
 
 
-def cache_folder(recipe: DiffusionRecipe | FinetuneRecipe, folder: Path) -> Path:
+def cache_folder(recipe: DiffusionRecipe | FinetuneRecipe | DistillRecipe, folder: Path) -> Path:
     """Return where a recipe keeps its latents, and its texts beside them.
 
     Args:
@@ -30,7 +31,7 @@ def cache_folder(recipe: DiffusionRecipe | FinetuneRecipe, folder: Path) -> Path
 
 
 def open_latent_cache(
-    recipe: DiffusionRecipe | FinetuneRecipe,
+    recipe: DiffusionRecipe | FinetuneRecipe | DistillRecipe,
     data: ImageData,
     first_stage: FirstStage,
     normalization: LatentNormalization,
@@ -66,7 +67,7 @@ def open_latent_cache(
 
 
 def open_text_cache(
-    recipe: FinetuneRecipe,
+    recipe: FinetuneRecipe | DistillRecipe,
     captions: Sequence[str],
     encoder: Conditioner,
     folder: Path,
@@ -89,7 +90,7 @@ def open_text_cache(
     )
 
 
-def _dtype(recipe: DiffusionRecipe | FinetuneRecipe) -> torch.dtype:
+def _dtype(recipe: DiffusionRecipe | FinetuneRecipe | DistillRecipe) -> torch.dtype:
     return torch.float16 if recipe.latent_precision == "float16" else torch.float32
 
 

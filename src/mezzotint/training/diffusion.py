@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mezzotint.checkpoints.model import save_model
 from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
-from mezzotint.diffusion.times import draw_time
 from mezzotint.errors import TrainingError
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.inputs import InputPictures
@@ -28,11 +26,12 @@ from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches
 from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_or_begin
 from mezzotint.training.conditions import ConditionMaker, Told
+from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.ema import ConstantEMAConfig, ExponentialMovingAverage
 from mezzotint.training.finetune_data import Pairs
 from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.health import Sample
-from mezzotint.training.objective import DiffusionLoss
+from mezzotint.training.objective import DiffusionLoss, Objective
 from mezzotint.training.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -52,35 +51,14 @@ from mezzotint.training.previews import Preview, make_previews, preview_sheet, r
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.snapshots import save_if_due
+from mezzotint.training.trained import Trained, jointly
 
-__all__ = ["DiffusionTask", "Trained"]
+__all__ = ["DiffusionTask", "ObjectiveMaker"]
 
 _PREVIEWS = 16
 
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What of a model is trained, and what is written in the end.
-
-    Attributes:
-        module: Its parameters are trained, averaged and saved; they are parameters of the model.
-        groups: Some of them, and the peak of their learning rate.
-        export: Called with the model, of averaged weights, and the folder to write into.
-    """
-
-    module: nn.Module
-    groups: tuple[tuple[tuple[nn.Parameter, ...], float], ...]
-    export: Callable[[LatentDiffusion, Path], None]
-
-
-def _jointly(model: LatentDiffusion, recipe: DiffusionRecipe | FinetuneRecipe) -> Trained:
-    """The UNet and the conditioner (paper, eq. 2 and 3)."""
-    rate = recipe.optimizer.learning_rate
-    groups = [(tuple(model.unet.parameters()), rate)]
-    if conditioner := tuple(model.conditioner.parameters()):
-        groups.append((conditioner, recipe.conditioner_learning_rate or rate))
-    module = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
-    return Trained(module, tuple(groups), save_model)
+ObjectiveMaker = Callable[[LatentDiffusion, nn.Module, ExponentialMovingAverage], Objective]
+"""From a model on its device, what of it is trained and its average, to what a step minimises."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,7 @@ class _Batch:
     told: list[Told]
     drop: Tensor  # (B,) bool
     drop_spatial: Tensor  # (B,) bool
-    t: Tensor  # (B,) int64; float32 for a flow
+    drawn: Tensor  # (B, k) what the objective draws: times, whole ones but for a flow
     seeds: list[int]
     weights: Tensor | None  # (B,) float32
 
@@ -105,6 +83,7 @@ class DiffusionTask:
         execution: Device and precision.
         ranks: This process among the others of the run.
         choose: Says what of the model, on its device, is trained; by default all.
+        objective: Makes what a step minimises; by default the error of one prediction.
         base: What identifies the model that is trained further, if it is trained already.
         order: In which the data are seen; by default that which their configuration asks for.
         pairs: The order of samples, of which each has its like beside it, in place of that.
@@ -113,7 +92,7 @@ class DiffusionTask:
 
     def __init__(
         self,
-        recipe: DiffusionRecipe | FinetuneRecipe,
+        recipe: DiffusionRecipe | FinetuneRecipe | DistillRecipe,
         model: LatentDiffusion,
         data: TrainingData,
         cache: LatentCache | None,
@@ -121,6 +100,7 @@ class DiffusionTask:
         ranks: Ranks = ALONE,
         *,
         choose: Callable[[LatentDiffusion], Trained] | None = None,
+        objective: ObjectiveMaker | None = None,
         base: str | None = None,
         order: LeavingOut | None = None,
         pairs: Pairs | None = None,
@@ -142,8 +122,8 @@ class DiffusionTask:
             self.model.unet.compile()
         if self.sharded:
             shard(self.model)
-        chosen = choose(self.model) if choose is not None else _jointly(self.model, recipe)
-        self.trained, self.write = chosen.module, chosen.export
+        chosen = choose(self.model) if choose is not None else self._jointly()
+        self.trained, self.write, self.sampler = chosen.module, chosen.export, chosen.sampler
         if tokens is not None:
             reader = main_conditioner(model.conditioner)
             assert not any(p.requires_grad for p in reader.parameters()), "its tokens would move"
@@ -164,15 +144,22 @@ class DiffusionTask:
             masks=recipe.masks,
             tokens=tokens,
         )
-        self.loss = Parallel(
-            DiffusionLoss(self.model, self.trained, recipe, execution),
-            ranks,
-            replicated=not self.sharded,
-        )
+        self.objective = (objective or self._error)(self.model, self.trained, self.ema)
+        self.loss = Parallel(self.objective, ranks, replicated=not self.sharded)
         self.scaler = loss_scaler(execution)
         self.batches = Batches(self._make_batch)
         self.steps = self.begun = 0
         self.rate = 1.0
+
+    def _jointly(self) -> Trained:
+        assert isinstance(self.recipe, DiffusionRecipe), "others say what they train"
+        return jointly(self.model, self.recipe)
+
+    def _error(
+        self, model: LatentDiffusion, trained: nn.Module, _: ExponentialMovingAverage
+    ) -> DiffusionLoss:
+        assert not isinstance(self.recipe, DistillRecipe), "a student is taught otherwise"
+        return DiffusionLoss(model, trained, self.recipe, self.execution)
 
     @property
     def images_per_step(self) -> int:
@@ -180,12 +167,12 @@ class DiffusionTask:
         return self.batch_size * self.recipe.accumulate
 
     def _make_batch(self, step: int) -> _Batch:
-        recipe, model = self.recipe, self.model
+        recipe = self.recipe
         images: list[Tensor] = []
         told: list[Told] = []
         drop: list[bool] = []
         drop_spatial: list[bool] = []
-        times: list[float] = []
+        drawn: list[tuple[float, ...]] = []
         seeds: list[int] = []
         positions = positions_of(step, self.batch_size, recipe.accumulate, self.ranks)
         for position in positions:
@@ -200,7 +187,7 @@ class DiffusionTask:
                 images.append(self.cache.moments(index, view))
                 told.append(self.conditions.of_view(index, view, generator))
             drop.append(bool(torch.rand(1, generator=generator) < recipe.condition_dropout))
-            times.append(draw_time(recipe.times, model.schedule, generator))
+            drawn.append(self.objective.draw(generator))
             seeds.append(mix(recipe.seed, 0x701, position))
             chance = torch.rand(1, generator=keyed_generator(recipe.seed, 0x5DA, position))
             drop_spatial.append(bool(chance < recipe.spatial_dropout))
@@ -209,7 +196,7 @@ class DiffusionTask:
             told=told,
             drop=torch.tensor(drop),
             drop_spatial=torch.tensor(drop_spatial),
-            t=torch.tensor(times),
+            drawn=torch.tensor(drawn),
             seeds=seeds,
             weights=None if self.pairs is None else self.pairs.weights(positions),
         )
@@ -280,7 +267,7 @@ class DiffusionTask:
         if isinstance(self.model.conditioner, HybridConditioner):
             drop.append(batch.drop_spatial[part])
         weights = None if batch.weights is None else batch.weights[part].to(device)
-        return self.loss(z, batch.t[part].to(device), noise, inputs, drop, weights)
+        return self.loss(z, batch.drawn[part].to(device), noise, inputs, drop, weights)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return everything that a resumed run needs."""
@@ -358,6 +345,7 @@ class DiffusionTask:
                 **request_fields(preview.told, pictures),
                 seed=k,
                 steps=recipe.sample_steps,
+                sampler=self.sampler,
                 spacing="trailing",
                 guidance_scale=recipe.guidance_scale,
             )

@@ -22,8 +22,10 @@ from mezzotint.evaluation.protocol import EvaluationProtocol, Metric
 from mezzotint.evaluation.reference import Against, RealPictures
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.models.features import metric_name
+from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.callbacks import Model
-from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
+from mezzotint.training.decoder_recipe import DecoderRecipe
+from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.log import RunLog
 from mezzotint.training.oversight import EvaluationConfig
 from mezzotint.training.ranks import ALONE, Ranks
@@ -200,7 +202,7 @@ class Evaluations:
         self._tried = step
         config = self.measurement.config
         options: dict[str, Any] = {}
-        if not isinstance(self.recipe, AutoencoderRecipe):
+        if not isinstance(self.recipe, AutoencoderRecipe | DecoderRecipe):
             scale = config.guidance_scale
             options = {
                 "steps": config.steps or self.recipe.sample_steps,

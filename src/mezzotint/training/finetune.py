@@ -7,42 +7,35 @@ from pathlib import Path
 from torch import nn
 
 from mezzotint.checkpoints.folder import read_json
-from mezzotint.checkpoints.load import load_any
-from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
+from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import CLASS, save_model
 from mezzotint.checkpoints.pipelines import save_pipeline
 from mezzotint.checkpoints.registry import INDEX, resolve_model
 from mezzotint.conditioning.base import Conditioner
-from mezzotint.conditioning.bert import BertTextConditioner
-from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.conditioning.clip import ClipConditioner
-from mezzotint.conditioning.layout import LayoutConditioner
 from mezzotint.conditioning.spatial import (
-    LowResConditioner,
-    SemanticMapConditioner,
     main_conditioner,
-    spatial_conditioner,
 )
 from mezzotint.data import ShardStream
 from mezzotint.data.base import ImageData
 from mezzotint.data.latents import LatentCache
-from mezzotint.data.texts import TextCache, all_captions
+from mezzotint.data.texts import TextCache
 from mezzotint.device import Execution
-from mezzotint.errors import ConfigError, DataError
+from mezzotint.errors import ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.training.base_model import load_base
 from mezzotint.training.batches import DataOrder
-from mezzotint.training.caching import cache_sentences, open_text_cache
-from mezzotint.training.conditions import check_degradation
-from mezzotint.training.diffusion import DiffusionTask, Trained
+from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.finetune_data import CaptionedData, Pairs, WithPrior
 from mezzotint.training.finetune_recipe import FinetuneRecipe
+from mezzotint.training.fitting import cached_texts, check_fits
 from mezzotint.training.inversion import add_token
 from mezzotint.training.log import RunLog
 from mezzotint.training.lora import add_lora
 from mezzotint.training.orders import TrainingData, build_order
-from mezzotint.training.parts import check_buckets
 from mezzotint.training.prior import draw_prior
 from mezzotint.training.ranks import Ranks
+from mezzotint.training.trained import Trained
 
 __all__ = ["finetune_task"]
 
@@ -76,7 +69,7 @@ def finetune_task(
     """
     if isinstance(data, ShardStream):
         raise ConfigError("data.stream: fine-tuning wants data with an index; set it to false")
-    loaded = _load(recipe)
+    loaded = load_base(recipe.base)
     for note in loaded.notes:
         log.event(note)
     base, model = loaded.content_hash(), loaded.model
@@ -99,71 +92,18 @@ def finetune_task(
     model.image_size = (side, side)
     first_stage = model.first_stage.to(execution.device)
     cache = encode(data, first_stage, model.normalization)
-    texts = _cached_texts(recipe, data, model.conditioner, folder, execution, ranks, log)
+    frozen = "conditioner" not in recipe.components and recipe.method != "textual_inversion"
+    texts: TextCache | None = None
+    if frozen:
+        texts = cached_texts(recipe, data, model.conditioner, folder, execution, ranks, log)
     choose = partial(_choose, recipe=recipe, defaults=loaded.defaults)
     task = partial(DiffusionTask, choose=choose, base=base, order=order, pairs=pairs)
     return task(recipe, model, data, cache, execution, ranks, tokens=texts)
 
 
-def _cached_texts(
-    recipe: FinetuneRecipe,
-    data: ImageData,
-    conditioner: Conditioner,
-    folder: Path,
-    execution: Execution,
-    ranks: Ranks,
-    log: RunLog,
-) -> TextCache | None:
-    """Encode all that the data can say, if the text encoder stays as it is."""
-    main, most = main_conditioner(conditioner), recipe.cached_captions
-    trained = "conditioner" in recipe.components or recipe.method == "textual_inversion"
-    if trained or not most or not isinstance(main, ClipConditioner | BertTextConditioner):
-        return None
-    captions = all_captions(data, most)
-    if captions is None:
-        log.event(
-            f"the data can say more than cached_captions {most:,}: each batch encodes its captions"
-        )
-        return None
-    cache = open_text_cache(recipe, captions, main, folder, execution.device, ranks)
-    for sentence in cache_sentences(cache):
-        log.event(sentence)
-    return cache
-
-
-def _load(recipe: FinetuneRecipe) -> LoadedModel:
-    base = recipe.base
-    return load_any(
-        Path(base.model).expanduser(),
-        config=None if base.config is None else Path(base.config).expanduser(),
-        family=base.family,
-        prediction=base.prediction,
-        weights=base.weights,
-    )
-
-
 def _check(recipe: FinetuneRecipe, model: LatentDiffusion, data: ImageData) -> None:
     """Refuse what does not fit the base model."""
-    factor = model.first_stage.factor
-    if recipe.data.resolution % factor:
-        raise ConfigError(
-            f"data.resolution {recipe.data.resolution} is not divisible by the base model's"
-            f" f = {factor}"
-        )
-    check_buckets(recipe.data, factor, len(model.unet.config.block_out_channels))
-    if getattr(recipe.data, "buckets", None) and model.conditioner.wants_concat is not None:
-        raise ConfigError(
-            f"data.buckets: the base model wants {model.conditioner.description}, which takes"
-            " squares; leave them out"
-        )
-    if model.unet.config.guidance_embed_dim is not None:
-        raise ConfigError(
-            f"base: {recipe.base.model} was distilled to be told its guidance, of which the data"
-            " say nothing; use the model that it was distilled from"
-        )
-    steps = model.schedule_config.num_train_timesteps
-    if recipe.sample_steps > steps:
-        raise ConfigError(f"sample_steps {recipe.sample_steps} is more than the base's {steps}")
+    check_fits(recipe, "base", recipe.base, model, data)
     if recipe.prior is not None and model.conditioner.wants != "caption":
         raise ConfigError(
             f"prior: is for models that want a prompt; this one wants"
@@ -173,40 +113,6 @@ def _check(recipe: FinetuneRecipe, model: LatentDiffusion, data: ImageData) -> N
         raise ConfigError("prior: is for models that are told nothing but a prompt")
     if "conditioner" in recipe.components and not any(True for _ in model.conditioner.parameters()):
         raise ConfigError("components: the base model's conditioner has no weights; train the unet")
-    if recipe.spatial_dropout and model.conditioner.wants_concat is None:
-        raise ConfigError("spatial_dropout: is for a hybrid; use condition_dropout")
-    _check_data(recipe, model.conditioner, data, factor)
-
-
-def _check_data(
-    recipe: FinetuneRecipe, conditioner: Conditioner, data: ImageData, factor: int
-) -> None:
-    """Refuse data that lack what the base model is told, or number it otherwise."""
-    main, spatial = main_conditioner(conditioner), spatial_conditioner(conditioner)
-    known = data.describe(0, None, with_map=conditioner.wants_concat == "map")
-    for wanted, there, words in (
-        ("label", known.label, "a class"),
-        ("layout", known.boxes, "a layout"),
-        ("map", known.map, "a semantic map"),
-    ):
-        if wanted in (conditioner.wants, conditioner.wants_concat) and there is None:
-            raise DataError(f"the base model is told {words} of each image; the data have none")
-    names = data.class_names
-    if isinstance(main, ClassConditioner | LayoutConditioner) and main.config.class_names:
-        theirs = main.config.class_names
-        if names is not None and names != theirs[: len(names)]:
-            raise ConfigError(
-                f"the data's classes are {', '.join(names)}, but the base model counts"
-                f" {', '.join(theirs)}; number them alike, of a folder by data.classes"
-            )
-    needed = 0 if names is None else len(names) + 1  # 0 is what is of no class
-    if isinstance(spatial, SemanticMapConditioner) and spatial.config.classes < needed:
-        raise ConfigError(
-            f"the base model's maps have {spatial.config.classes} classes, but the data's need"
-            f" {needed}"
-        )
-    if isinstance(spatial, LowResConditioner):
-        check_degradation(spatial.config, recipe.degradation, factor)
 
 
 def _choose(model: LatentDiffusion, recipe: FinetuneRecipe, defaults: SamplingDefaults) -> Trained:

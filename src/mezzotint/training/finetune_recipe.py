@@ -6,47 +6,25 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from mezzotint.checkpoints.loaded import Weights
 from mezzotint.config import Config
 from mezzotint.data.degradation import DegradationConfig
 from mezzotint.data.masks import MaskConfig
 from mezzotint.diffusion.loss import Deviation, Weighting
 from mezzotint.diffusion.times import TimesConfig, UniformTimesConfig
+from mezzotint.training.base_model import BaseModelConfig, base_of
 from mezzotint.training.ema import EMAConfig
-from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, RecipeBase
+from mezzotint.training.recipe import RecipeBase
 
 __all__ = [
-    "BaseModelConfig",
     "FinetuneRecipe",
     "LoraSettings",
     "PriorConfig",
-    "Recipe",
     "TokenConfig",
 ]
 
 _FIRST_STAGES = ("first_stage", "autoencoder", "vae")
 _FIELDS = {"caption", "token"}
 _WORD = re.compile(r"[^\s()\[\]{}:\\]+")
-
-
-class BaseModelConfig(Config):
-    """What is fine-tuned: any model that `mezzotint.checkpoints.load.load_any` reads.
-
-    ``base: PATH`` in a recipe is short for ``base: {model: PATH}``.
-
-    Attributes:
-        model: A folder of Mezzotint's or of diffusers', a finished run, or a single file.
-        config: The YAML of a single file, if it does not lie beside it.
-        family: What a single file is, if it is recognised wrongly.
-        prediction: What a single file predicts, if that is guessed wrongly.
-        weights: Of a single file with averaged weights, which to take.
-    """
-
-    model: str = Field(min_length=1)
-    config: str | None = None
-    family: str | None = None
-    prediction: str | None = None
-    weights: Weights = "auto"
 
 
 class LoraSettings(Config):
@@ -194,7 +172,7 @@ class FinetuneRecipe(RecipeBase):
     @field_validator("base", mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+        return base_of(value)
 
     @field_validator("components", mode="before")
     @classmethod
@@ -259,6 +237,3 @@ class FinetuneRecipe(RecipeBase):
         if with_token and not inversion:
             raise ValueError("caption_templates: {token} is for method 'textual_inversion'")
         return self
-
-
-Recipe = AutoencoderRecipe | DiffusionRecipe | FinetuneRecipe

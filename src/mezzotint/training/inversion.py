@@ -10,8 +10,8 @@ from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.errors import ConfigError
 from mezzotint.latent_diffusion import LatentDiffusion
-from mezzotint.training.diffusion import Trained
 from mezzotint.training.finetune_recipe import FinetuneRecipe
+from mezzotint.training.trained import Trained
 
 __all__ = ["EMBEDDING_FILE", "add_token"]
 

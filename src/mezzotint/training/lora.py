@@ -13,8 +13,8 @@ from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.errors import ConfigError, MissingExtraError, nearest
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.rng import mix
-from mezzotint.training.diffusion import Trained
 from mezzotint.training.finetune_recipe import FinetuneRecipe, LoraSettings
+from mezzotint.training.trained import Trained
 
 __all__ = ["LORA_FILE", "add_lora"]
 

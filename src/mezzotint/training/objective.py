@@ -6,16 +6,46 @@ from torch import Tensor, nn
 from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.device import Execution, autocast
 from mezzotint.diffusion.loss import diffusion_loss
+from mezzotint.diffusion.times import draw_time
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.gauges import latent_gauges, noise_gauges, worse_gauge
 from mezzotint.training.recipe import DiffusionRecipe
 
-__all__ = ["DiffusionLoss"]
+__all__ = ["DiffusionLoss", "Objective"]
 
 
-class DiffusionLoss(nn.Module):
-    """What a step minimises (paper, eq. 2 and 3), as one module: torch's engines wrap modules.
+class Objective(nn.Module):
+    """What a step minimises, as one module: torch's engines wrap modules."""
+
+    def draw(self, generator: torch.Generator) -> tuple[float, ...]:
+        """Draw what is drawn for one sample beside its noise: its time first."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        z: Tensor,
+        drawn: Tensor,
+        noise: Tensor,
+        inputs: ConditionInputs,
+        drop: list[Tensor],
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of a batch, a scalar, and gauges of it.
+
+        Args:
+            z: ``(B, C, h, w)`` normalised latents.
+            drawn: ``(B, k)``, of each sample what `draw` gave.
+            noise: Of the shape of ``z``.
+            inputs: Of the conditioner.
+            drop: For each of its parts, ``(B,)`` whose conditions are replaced by the null.
+            weights: ``(B,)``, of the samples.
+        """
+        raise NotImplementedError
+
+
+class DiffusionLoss(Objective):
+    """The error of one prediction a sample (paper, eq. 2 and 3).
 
     Args:
         model: Around a frozen first stage.
@@ -35,26 +65,21 @@ class DiffusionLoss(nn.Module):
         self.model, self.recipe, self.execution = model, recipe, execution
         self.trained = trained
 
+    def draw(self, generator: torch.Generator) -> tuple[float, ...]:
+        """Draw the time of a sample."""
+        return (draw_time(self.recipe.times, self.model.schedule, generator),)
+
     def forward(
         self,
         z: Tensor,
-        t: Tensor,
+        drawn: Tensor,
         noise: Tensor,
         inputs: ConditionInputs,
         drop: list[Tensor],
         weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of a batch, a scalar, and gauges of it.
-
-        Args:
-            z: ``(B, C, h, w)`` normalised latents.
-            t: ``(B,)`` times.
-            noise: Of the shape of ``z``.
-            inputs: Of the conditioner.
-            drop: For each of its parts, ``(B,)`` whose conditions are replaced by the null.
-            weights: ``(B,)``, of the samples.
-        """
-        model, recipe = self.model, self.recipe
+        """Return the mean loss of a batch and gauges of it; ``drawn`` are times ``(B, 1)``."""
+        model, recipe, t = self.model, self.recipe, drawn[:, 0]
         with autocast(self.execution):
             cond = model.conditioner(inputs, *drop)
             losses = diffusion_loss(

@@ -17,22 +17,32 @@ from mezzotint.conditioning.text import TextConditionerConfig, train_tokenizer
 from mezzotint.data import AnyDataConfig, ShardStream
 from mezzotint.errors import ConfigError
 from mezzotint.rng import mix
+from mezzotint.training.decoder_recipe import DecoderRecipe
 from mezzotint.training.initial import vocabulary_of
 from mezzotint.training.orders import TrainingData
 from mezzotint.training.ranks import Ranks
 from mezzotint.training.recipe import DiffusionRecipe
 
-__all__ = ["check_buckets", "check_factor", "check_map", "conditioner_of"]
+__all__ = ["check_buckets", "check_factor", "check_map", "check_side", "conditioner_of"]
 
 _STREAM_CAPTIONS = 100_000  # from which a vocabulary is learned
 
 
-def check_factor(recipe: DiffusionRecipe, factor: int) -> None:
+def check_factor(recipe: DiffusionRecipe | DecoderRecipe, factor: int) -> None:
     """Raise a ConfigError if images cannot be made f times smaller."""
     if recipe.data.resolution % factor:
         raise ConfigError(
             f"data.resolution {recipe.data.resolution} is not divisible by the first stage's"
             f" f = {factor}"
+        )
+
+
+def check_side(recipe: DecoderRecipe, factor: int) -> None:
+    """Raise a ConfigError if the squares that a decoder is trained on cannot be made f smaller."""
+    if recipe.side % factor:
+        name = "data.resolution" if recipe.patch is None else "patch"
+        raise ConfigError(
+            f"{name} {recipe.side} is not divisible by the first stage's f = {factor}"
         )
 
 

@@ -8,10 +8,13 @@ from mezzotint.data.latents import LatentCache
 from mezzotint.device import select_device
 from mezzotint.errors import ConfigError
 from mezzotint.training.caching import open_latent_cache
+from mezzotint.training.decoder_recipe import DecoderRecipe
+from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.finetune_recipe import FinetuneRecipe
+from mezzotint.training.first_stage import stored_first_stage
 from mezzotint.training.ranks import join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe
-from mezzotint.training.run import load_recipe, stored_first_stage
+from mezzotint.training.run import load_recipe
 
 __all__ = ["precompute_latents"]
 
@@ -39,12 +42,13 @@ def precompute_latents(
         DataError: If the data cannot be read.
     """
     wanted = load_recipe(recipe, overrides)
-    if isinstance(wanted, AutoencoderRecipe):
-        raise ConfigError(f"{recipe}: trains an autoencoder, which is shown pictures, not latents")
-    if isinstance(wanted, FinetuneRecipe):
+    if isinstance(wanted, AutoencoderRecipe | DecoderRecipe):
+        what = "an autoencoder" if wanted.kind == "autoencoder" else "a decoder"
+        raise ConfigError(f"{recipe}: trains {what}, which is shown pictures, not latents")
+    if isinstance(wanted, FinetuneRecipe | DistillRecipe):
         raise ConfigError(
-            f"{recipe}: fine-tunes a model: such a run encodes its pictures itself when it starts,"
-            " with the autoencoder of its base"
+            f"{recipe}: goes on from a model: such a run encodes its pictures itself when it"
+            " starts, with the autoencoder of that"
         )
     if not wanted.latent_variants:
         raise ConfigError(f"{recipe}: latent_variants is 0: nothing is to be kept")

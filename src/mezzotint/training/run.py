@@ -23,31 +23,45 @@ from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormal
 from mezzotint.models.autoencoder import IdentityFirstStage
 from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
+from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.caching import cache_sentences, open_latent_cache
 from mezzotint.training.callbacks import Callback, SampleSheets
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 from mezzotint.training.conditions import check_data, check_degradation
+from mezzotint.training.decoder import DecoderTask
+from mezzotint.training.decoder_recipe import DecoderRecipe
 from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.distill import distill_task
+from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.evaluations import Evaluations, Measurement
 from mezzotint.training.finetune import finetune_task
-from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
+from mezzotint.training.finetune_recipe import FinetuneRecipe
+from mezzotint.training.first_stage import stored_first_stage
 from mezzotint.training.health import Health
 from mezzotint.training.initial import begin_from
 from mezzotint.training.log import WANDB_ID, RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
-from mezzotint.training.parts import check_buckets, check_factor, check_map, conditioner_of
+from mezzotint.training.parts import (
+    check_buckets,
+    check_factor,
+    check_map,
+    check_side,
+    conditioner_of,
+)
 from mezzotint.training.ranks import Ranks, join_ranks, rank_device
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.symptoms import Facts, before_training
 
-__all__ = ["execution_for", "load_recipe", "recipe_names", "stored_first_stage", "train"]
+__all__ = ["execution_for", "load_recipe", "recipe_names", "train"]
 
-_KINDS: dict[str, type[AutoencoderRecipe] | type[DiffusionRecipe] | type[FinetuneRecipe]] = {
+_KINDS: dict[str, type[Recipe]] = {
     "autoencoder": AutoencoderRecipe,
     "diffusion": DiffusionRecipe,
     "finetune": FinetuneRecipe,
+    "distill": DistillRecipe,
+    "decoder": DecoderRecipe,
 }
 # what may differ between a run and its continuation without making it another run
 _CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
@@ -181,13 +195,7 @@ def _train(
             log.event(f"{len(data.faults):,} broken images are skipped")
         for fault in data.faults:
             log.event(f"skipped {fault.name}: {fault.reason}")
-        if isinstance(recipe, AutoencoderRecipe):
-            task: Task = AutoencoderTask(recipe, data, execution, ranks)
-        elif isinstance(recipe, FinetuneRecipe):
-            encode = partial(_cached_latents, recipe, folder, setting, log)
-            task = finetune_task(recipe, data, folder, execution, ranks, log, encode)
-        else:
-            task = _diffusion_task(recipe, data, folder, setting, log)
+        task = _task(recipe, data, folder, setting, log)
         checkpoint, damaged = newest_checkpoint(folder / "checkpoints", ranks)
         for sentence in damaged:
             log.event(f"passed by a damaged checkpoint: {sentence}")
@@ -213,6 +221,27 @@ def _train(
     finally:
         if log is not None:
             log.close()
+
+
+def _task(recipe: Recipe, data: TrainingData, folder: Path, setting: _Setting, log: RunLog) -> Task:
+    execution, ranks = setting.execution, setting.ranks
+    match recipe:
+        case AutoencoderRecipe():
+            return AutoencoderTask(recipe, data, execution, ranks)
+        case DiffusionRecipe():
+            return _diffusion_task(recipe, data, folder, setting, log)
+        case DecoderRecipe():
+            first_stage, normalization = _first_stage(recipe, folder, setting, log)
+            check_side(recipe, first_stage.factor)
+            first_stage = first_stage.to(execution.device)
+            normalization = normalization.to(execution.device)
+            return DecoderTask(recipe, first_stage, normalization, data, execution, ranks)
+        case FinetuneRecipe():
+            encode = partial(_cached_latents, recipe, folder, setting, log)
+            return finetune_task(recipe, data, folder, execution, ranks, log, encode)
+        case DistillRecipe():
+            encode = partial(_cached_latents, recipe, folder, setting, log)
+            return distill_task(recipe, data, folder, execution, ranks, log, encode)
 
 
 def _health(recipe: Recipe, task: Task, setting: _Setting, log: RunLog) -> Health:
@@ -335,7 +364,7 @@ def _diffusion_task(
 
 
 def _cached_latents(
-    recipe: DiffusionRecipe | FinetuneRecipe,
+    recipe: DiffusionRecipe | FinetuneRecipe | DistillRecipe,
     folder: Path,
     setting: _Setting,
     log: RunLog,
@@ -355,7 +384,7 @@ def _cached_latents(
 
 
 def _first_stage(
-    recipe: DiffusionRecipe, folder: Path, setting: _Setting, log: RunLog
+    recipe: DiffusionRecipe | DecoderRecipe, folder: Path, setting: _Setting, log: RunLog
 ) -> tuple[FirstStage, LatentNormalization]:
     """Load the first stage with the statistics of its latents; train it first if need be."""
     found = stored_first_stage(recipe, folder)
@@ -374,31 +403,3 @@ def _first_stage(
     _train(first, stage, replace(setting, resume=resume, execution=execution))
     setting.ranks.wait()  # for the first, which writes it
     return load_first_stage(stage / "model" / "vae")
-
-
-def stored_first_stage(
-    recipe: DiffusionRecipe, folder: Path
-) -> tuple[FirstStage, LatentNormalization] | None:
-    """Load the first stage with the statistics of its latents, if it is trained already.
-
-    Args:
-        recipe: Says which.
-        folder: The run folder, in which it is if it has a recipe of its own.
-
-    Raises:
-        ConfigError: If the recipe gives a path and there is none.
-    """
-    config = recipe.first_stage
-    if not isinstance(config, TrainedFirstStage):
-        return IdentityFirstStage(config), LatentNormalization.from_scale_factor(1.0)
-    if config.path is not None:
-        path = Path(config.path).expanduser()
-        for candidate in (path, path / "vae", path / "model" / "vae"):
-            if (candidate / "config.json").is_file():
-                return load_first_stage(candidate)
-        raise ConfigError(
-            f"first_stage.path: {path}: no autoencoder here; expected a finished autoencoder run,"
-            " a model folder or a component folder with config.json"
-        )
-    stage = folder / "first_stage" / "model" / "vae"
-    return load_first_stage(stage) if (stage / "config.json").is_file() else None

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from mezzotint.conditioning.build import main_config
 from mezzotint.data import ImageData, ShardStream
+from mezzotint.training.any_recipe import Recipe
+from mezzotint.training.decoder_recipe import DecoderRecipe
 from mezzotint.training.ema import ConstantEMAConfig
-from mezzotint.training.finetune_recipe import Recipe
 from mezzotint.training.orders import TrainingData
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 
@@ -95,7 +96,7 @@ class Facts:
         """Read them off a recipe, the number of images, and whether a model is one of pixels."""
         epoch = images / (recipe.batch_size * recipe.accumulate)
         adversary, diffusion = None, True
-        if isinstance(recipe, AutoencoderRecipe):
+        if isinstance(recipe, AutoencoderRecipe | DecoderRecipe):
             adversarial = recipe.loss.adversarial
             adversary = None if adversarial is None else adversarial.start_step
             diffusion = False
@@ -127,7 +128,8 @@ def before_training(recipe: Recipe, data: TrainingData) -> Iterator[Symptom]:
                 f" {average.decay**steps:.0%} of the averaged weights are the untrained ones; lower"
                 " ema.decay, or set ema.kind to warmup",
             )
-        adversarial = recipe.loss.adversarial if isinstance(recipe, AutoencoderRecipe) else None
+        judged = isinstance(recipe, AutoencoderRecipe | DecoderRecipe)
+        adversarial = recipe.loss.adversarial if judged else None
         if adversarial is not None and adversarial.start_step >= steps:
             yield Symptom(
                 "discriminator",

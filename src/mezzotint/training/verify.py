@@ -13,9 +13,11 @@ from rich.console import Console
 
 from mezzotint.errors import ConfigError, MezzotintError, TrainingError
 from mezzotint.evaluation.shards import ranks
+from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
-from mezzotint.training.finetune_recipe import FinetuneRecipe, Recipe
-from mezzotint.training.recipe import DiffusionRecipe, TrainedFirstStage
+from mezzotint.training.decoder_recipe import DecoderRecipe
+from mezzotint.training.finetune_recipe import FinetuneRecipe
+from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.run import load_recipe, train
 
 __all__ = ["Verified", "verify_resume"]
@@ -98,15 +100,16 @@ def _shorten(
     changed["run"] |= {"checkpoint_minutes": 1e6, "sample_minutes": 1e6}
     if isinstance(recipe, DiffusionRecipe):
         changed["sample_steps"] = 1
+    if isinstance(recipe, DiffusionRecipe | DecoderRecipe):
         stage = recipe.first_stage
         if isinstance(stage, TrainedFirstStage) and stage.recipe is not None:
             first = load_recipe(stage.recipe, ["budget.max_steps=2"])
             train(first, output=folder / "first_stage", device=device, console=console)
             changed["first_stage"] = {"kind": "trained", "path": str(folder / "first_stage")}
-    elif isinstance(recipe, FinetuneRecipe):
-        if recipe.prior is not None:
-            changed["prior"] |= {"count": min(recipe.prior.count, 2), "steps": 2}
-    elif recipe.loss.adversarial is not None:
+    if isinstance(recipe, FinetuneRecipe) and recipe.prior is not None:
+        changed["prior"] |= {"count": min(recipe.prior.count, 2), "steps": 2}
+    judged = isinstance(recipe, AutoencoderRecipe | DecoderRecipe)
+    if judged and recipe.loss.adversarial is not None:
         early = {"start_step": max(0, before - 1), "pretrain_steps": 1}
         changed["loss"]["adversarial"] |= early
     return type(recipe).from_dict(changed, recipe.name)

@@ -48,8 +48,8 @@ from mezzotint.studies.compression.results import (
 )
 from mezzotint.studies.machine import this_machine
 from mezzotint.studies.plots import plot_style
+from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.checkpoint import list_checkpoints, read_checkpoint
-from mezzotint.training.finetune_recipe import Recipe
 from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.run import train
 
