@@ -16,7 +16,7 @@ INSTALL := $(PIP) install --no-compile
 TEST_THREADS ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-train
@@ -36,8 +36,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the site in build/site, without a network; a link that leads nowhere is an error
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.build_docs
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

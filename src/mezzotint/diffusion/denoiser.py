@@ -21,12 +21,12 @@ class Denoiser(Generic[C]):
     With ``c_in = 1 / sqrt(1 + sigma**2)``, for a rectified flow ``1 / (1 + sigma)``, the network F
     sees ``c_in * x`` and its training time, and in its terms the estimate of the image is
 
-    ===============  ============================================
-    epsilon          ``x - sigma * F``
-    v_prediction     ``c_in**2 * x - sigma * c_in * F``
-    sample           ``F``
-    flow_prediction  ``c_in * x - sigma * c_in * F``
-    ===============  ============================================
+    | predicts            | estimate                               |
+    |---------------------|----------------------------------------|
+    | ``epsilon``         | ``x - sigma * F``                      |
+    | ``v_prediction``    | ``c_in**2 * x - sigma * c_in * F``     |
+    | ``sample``          | ``F``                                  |
+    | ``flow_prediction`` | ``c_in * x - sigma * c_in * F``        |
 
     Args:
         network: What was trained on the schedule.
