@@ -248,12 +248,15 @@ def _health(recipe: Recipe, task: Task, setting: _Setting, log: RunLog) -> Healt
     pixels = isinstance(task, DiffusionTask) and isinstance(
         task.model.first_stage, IdentityFirstStage
     )
+    # a student is held against itself: its loss is least where it has learned nothing yet
+    judged = not isinstance(recipe, DistillRecipe)
+    facts = Facts.of(recipe, epoch_length(task.data), pixels=pixels) if judged else None
     return Health(
         recipe.run.health,
         log,
         setting.execution,
         images_per_step=task.images_per_step,
-        facts=Facts.of(recipe, epoch_length(task.data), pixels=pixels),
+        facts=facts,
         before=tuple(before_training(recipe, task.data)),
         compiled=recipe.run.compile,
         ranks=setting.ranks,
