@@ -72,6 +72,7 @@ SURFACE = {
         "--precision",
         "--device",
         "--engine",
+        "--offload",
         "--config",
         "--family",
         "--prediction",
@@ -181,7 +182,16 @@ SURFACE = {
         "-o",
     },
     "average": {"run", "--sigma-rel", "--at-step", "--output", "-o", "--device"},
-    "replay": {"image", "--model", "--device", "--engine", "--output", "-o", "--input"},
+    "replay": {
+        "image",
+        "--model",
+        "--device",
+        "--engine",
+        "--offload",
+        "--output",
+        "-o",
+        "--input",
+    },
     "doctor": set[str](),
 }
 

@@ -13,6 +13,7 @@ __all__ = [
     "DeviceOption",
     "EngineOption",
     "FamilyOption",
+    "OffloadOption",
     "PrecisionOption",
     "PredictionOption",
     "WeightsOption",
@@ -30,6 +31,13 @@ PrecisionOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(help="auto, torch or openvino: what runs the networks.", rich_help_panel=_PANEL),
+]
+OffloadOption = Annotated[
+    Literal["none", "components", "sequential"],
+    typer.Option(
+        help="Keep weights on the CPU until they are used: less memory on the device.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,

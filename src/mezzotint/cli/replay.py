@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.cli.loading import OffloadOption
+
 __all__ = ["replay"]
 
 
@@ -21,6 +23,7 @@ def replay(
     engine: Annotated[
         str, typer.Option(help="torch or openvino; auto: what has drawn the picture.")
     ] = "auto",
+    offload: OffloadOption = "none",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -37,7 +40,9 @@ def replay(
     from mezzotint.generation.replay import replay as redraw
 
     path = picture_path(output, f"{image.stem}-replay")
-    drawn = redraw(image, model=model, device=device, inputs=inputs or (), engine=engine)
+    drawn = redraw(
+        image, model=model, device=device, inputs=inputs or (), engine=engine, offload=offload
+    )
     write_image(drawn.image, drawn.request, path)
     print(path)
     with Image.open(image) as file:

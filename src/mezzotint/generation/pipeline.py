@@ -1,10 +1,10 @@
 """A model and how to run it."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 from PIL import Image
 
@@ -15,25 +15,18 @@ from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.device import Execution, autocast, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
+from mezzotint.engines.offload import Offload, OffloadKind, select_offload
 from mezzotint.engines.select import Engine, TorchEngine, select_engine
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
 from mezzotint.generation.inputs import InputPictures
-from mezzotint.generation.request import (
-    AdapterUse,
-    FeatureReuse,
-    GenerationRequest,
-    GuideUse,
-    HighRes,
-    InputImage,
-    LayoutBox,
-    Task,
-)
+from mezzotint.generation.more_fields import MoreFields
+from mezzotint.generation.request import AdapterUse, GenerationRequest, InputImage, Task
 from mezzotint.generation.shared_steps import check_approximations
 from mezzotint.latent_diffusion import LatentDiffusion
 
-__all__ = ["MoreFields", "Pipeline", "load"]
+__all__ = ["Pipeline", "load"]
 
 Picture = str | Path | Image.Image
 
@@ -54,29 +47,6 @@ _CONDITIONS = {"prompt": "caption", "class_label": "label", "layout": "layout"}
 _WORDS = {"prompt": "a prompt", "class_label": "a class", "layout": "a layout"}
 
 
-class MoreFields(TypedDict, total=False):
-    """Fields of `GenerationRequest` that are seldom given."""
-
-    layout: Sequence[LayoutBox]
-    padding: tuple[int, int, int, int]
-    strength: float
-    high_res: HighRes
-    guidance_interval: tuple[float, float]
-    guides: Sequence[GuideUse]
-    variation_seed: int
-    variation_strength: float
-    emphasis: Literal["original", "no_norm", "ignore", "none"]
-    clip_skip: int
-    adapters: Sequence[AdapterUse]
-    tiling: bool
-    tiled_sampling: bool
-    tiled_decoding: bool
-    feature_reuse: FeatureReuse
-    token_merging: float
-    back_projection: int
-    poisson_blending: bool
-
-
 class Pipeline:
     """A `LatentDiffusion`, the device and precision that it runs in, and what runs it.
 
@@ -86,6 +56,7 @@ class Pipeline:
         name: What requests call the model: the path that `load` finds it by.
         source: What its files say beyond it.
         engine: What runs its networks; by default torch.
+        offload: What brings weights to the device while they are used; by default all stand there.
 
     Attributes:
         defaults: What a request takes where it says nothing.
@@ -101,8 +72,14 @@ class Pipeline:
         name: str,
         source: LoadedModel | None = None,
         engine: Engine | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        self.model = model.to(execution.device).eval()
+        self.model = model.eval()
+        self.offload = offload
+        if offload is None:
+            model.to(execution.device)
+        else:
+            offload.place(model)
         self.execution = execution
         self.engine: Engine = engine or TorchEngine()
         self.name = name
@@ -137,7 +114,8 @@ class Pipeline:
     @contextmanager
     def running(self) -> Generator[None]:
         """Compute in this pipeline's precision and by its engine, for a while."""
-        with autocast(self.execution), self.engine.running(self.model):
+        arriving = nullcontext() if self.offload is None else self.offload.running(self.model)
+        with autocast(self.execution), self.engine.running(self.model), arriving:
             yield
 
     def adapted(self, uses: Sequence[AdapterUse]) -> AbstractContextManager[dict[str, str]]:
@@ -170,6 +148,11 @@ class Pipeline:
                     f"{self.name}: {name}: the engine {self.engine.name!r} {why}; draw with the"
                     " engine torch (--engine torch)"
                 )
+        if request.guides and self.offload is not None:
+            raise RequestError(
+                f"{self.name}: guides: are led by gradients, for which weights must stay on the"
+                " device; load without offload (--offload none)"
+            )
         distilled = self.model.unet.config.guidance_embed_dim is not None
         if request.tiled_sampling and self.model.unet.config.coordinate_channels:
             raise RequestError(
@@ -352,6 +335,7 @@ def load(
     precision: str = "auto",
     *,
     engine: str = "auto",
+    offload: OffloadKind = "none",
     config: str | Path | None = None,
     family: str | None = None,
     prediction: str | None = None,
@@ -368,6 +352,9 @@ def load(
         engine: What runs the UNet and the decoder: ``auto`` and ``torch`` are torch, ``openvino``
             is OpenVINO on the processor (extra ``openvino``), which converts a model before its
             first picture.
+        offload: Where weights stand while they are not used: ``none`` on the device;
+            ``components`` and ``sequential`` on the CPU, from where they come by parts of the
+            model or layer by layer, for devices of less memory.
         config: The YAML of a single file, if it does not lie beside it.
         family: What a single file is, if it is recognised wrongly.
         prediction: ``epsilon`` or ``v_prediction``, if that of a single file is guessed wrongly.
@@ -375,13 +362,14 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, or it is damaged.
-        ConfigError: If the device, the precision or the engine is not to be had.
+        ConfigError: If the device, the precision, the engine or the offload is not to be had.
         MissingExtraError: If the engine, or a text encoder's package, is not installed.
     """
     if engine == "openvino" and device == "auto":
         device = "cpu"
     execution = select_precision(precision, select_device(device))
     runs = select_engine(engine, execution)
+    arrives = select_offload(offload, execution.device, runs.name)
     loaded = load_any(
         model,
         dtype=execution.precision,
@@ -390,4 +378,4 @@ def load(
         prediction=prediction,
         weights=weights,
     )
-    return Pipeline(loaded.model, execution, str(model), loaded, runs)
+    return Pipeline(loaded.model, execution, str(model), loaded, runs, arrives)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mezzotint.device import select_device
+from mezzotint.engines.offload import OffloadKind
 from mezzotint.errors import ConfigError, RequestError
 from mezzotint.generation.adapters import adapters_of
 from mezzotint.generation.generate import GeneratedImage, generate_each, nth
@@ -43,6 +44,7 @@ def replay(
     inputs: Sequence[Path] = (),
     *,
     engine: str = "auto",
+    offload: OffloadKind = "none",
 ) -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
@@ -56,6 +58,7 @@ def replay(
             of device may differ in the last bit.
         inputs: The pictures that it began from, where they are no longer where they were.
         engine: ``auto`` is what drew it. Another may differ by a rounding.
+        offload: Where weights stand; see `mezzotint.generation.pipeline.load`.
 
     Returns:
         The picture, and its request with the engine that has drawn it now.
@@ -75,7 +78,12 @@ def replay(
     read_as = {name: told for name, told in resolved.read_as.to_dict().items() if told is not None}
     engine = resolved.engine if engine == "auto" else engine
     pipeline = load(
-        model or str(request.model), device, resolved.precision, engine=engine, **read_as
+        model or str(request.model),
+        device,
+        resolved.precision,
+        engine=engine,
+        offload=offload,
+        **read_as,
     )
     if pipeline.model_hash != resolved.model_hash:
         raise RequestError(
