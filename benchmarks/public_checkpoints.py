@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from benchmarks.processes import child, forget_peak, status
 from benchmarks.random_models import build
 
 KINDS = ("sd1", "sd2-v", "sd1-inpainting")
@@ -38,18 +39,6 @@ def write_file(folder: str, file: str) -> dict[str, Any]:
 
     left_out = save_single_file(load_any(Path(folder), dtype=None).model, Path(file))
     return {"left_out": left_out}
-
-
-def status(key: str) -> float:
-    """Return a number of MiB that Linux says of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def forget_peak() -> float:
-    """Let the peak of memory begin anew, and return what is in use."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return status("VmRSS")
 
 
 def load_ours(file: str, precision: str) -> dict[str, Any]:
@@ -147,21 +136,10 @@ def draw_theirs(folder: str, size: int, inpainting: bool, output: str) -> dict[s
     return {}
 
 
+MODULE = "benchmarks.public_checkpoints"
 CHILDREN = {
     f.__name__: f for f in (build, write_file, load_ours, load_theirs, draw_ours, draw_theirs)
 }
-
-
-def child(function: Any, *arguments: Any) -> dict[str, Any]:
-    """Run one of the functions above in a process of its own."""
-    told = json.dumps([function.__name__, *arguments])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.public_checkpoints", "--child", told],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def seconds_of_inspect(file: Path) -> float:
@@ -187,22 +165,22 @@ def measure(kind: str, size: int, work: Path, console: Console) -> dict[str, Any
     """Measure one architecture."""
     folder, file = work / kind, work / f"{kind}.safetensors"
     inpainting = kind.endswith("inpainting")
-    child(build, kind, str(folder))
+    child(MODULE, build, kind, str(folder))
     result: dict[str, Any] = {"kind": kind, "size": size}
-    result |= child(write_file, str(folder), str(file))
+    result |= child(MODULE, write_file, str(folder), str(file))
     result["file_mib"] = file.stat().st_size / 2**20
     result["inspect_seconds"] = seconds_of_inspect(file)
     name = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
     for precision in ("float32", "bfloat16"):
-        ours = child(load_ours, str(file), precision)
-        theirs = child(load_theirs, str(file), precision, str(folder), name)
+        ours = child(MODULE, load_ours, str(file), precision)
+        theirs = child(MODULE, load_theirs, str(file), precision, str(folder), name)
         result[precision] = {
             who: told | {"peak_over_weights": told["peak_mib"] / told["weights_mib"]}
             for who, told in (("mezzotint", ours), ("diffusers", theirs))
         }
     pictures = work / f"{kind}-ours.png", work / f"{kind}-theirs.png"
-    child(draw_ours, str(file), size, inpainting, str(pictures[0]))
-    child(draw_theirs, str(folder), size, inpainting, str(pictures[1]))
+    child(MODULE, draw_ours, str(file), size, inpainting, str(pictures[0]))
+    child(MODULE, draw_theirs, str(folder), size, inpainting, str(pictures[1]))
     result |= difference(*pictures)
     console.print(result)
     return result

@@ -14,6 +14,7 @@ __all__ = [
     "DeviceOption",
     "EngineOption",
     "FamilyOption",
+    "OffloadOption",
     "PrecisionOption",
     "PredictionOption",
     "WeightsOption",
@@ -37,6 +38,13 @@ DecoderOption = Annotated[
     typer.Option(
         help="A small decoder in place of the model's own, faster and not quite the same: a run of"
         " kind decoder, or a folder of diffusers' AutoencoderTiny.",
+        rich_help_panel=_PANEL,
+    ),
+]
+OffloadOption = Annotated[
+    Literal["none", "components", "sequential"],
+    typer.Option(
+        help="Keep weights on the CPU until they are used: less memory on the device.",
         rich_help_panel=_PANEL,
     ),
 ]

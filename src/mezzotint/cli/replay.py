@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.cli.loading import OffloadOption
+
 __all__ = ["replay"]
 
 
@@ -24,6 +26,7 @@ def replay(
     decoder: Annotated[
         Path | None, typer.Option(help="Where the small decoder is now, if it has moved.")
     ] = None,
+    offload: OffloadOption = "none",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -41,7 +44,13 @@ def replay(
 
     path = picture_path(output, f"{image.stem}-replay")
     drawn = redraw(
-        image, model=model, device=device, inputs=inputs or (), engine=engine, decoder=decoder
+        image,
+        model=model,
+        device=device,
+        inputs=inputs or (),
+        engine=engine,
+        decoder=decoder,
+        offload=offload,
     )
     write_image(drawn.image, drawn.request, path)
     print(path)

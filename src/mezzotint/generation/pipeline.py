@@ -1,7 +1,7 @@
 """A model and how to run it."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -18,6 +18,7 @@ from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.device import Execution, autocast, select_device, select_precision
 from mezzotint.diffusion.names import find_sampler
 from mezzotint.diffusion.samplers import SAMPLERS
+from mezzotint.engines.offload import Offload, OffloadKind, select_offload
 from mezzotint.engines.select import Engine, TorchEngine, select_engine
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
@@ -59,6 +60,7 @@ class Pipeline:
         source: What its files say beyond it.
         engine: What runs its networks; by default torch.
         decoder: A small one that decodes in place of the model's own.
+        offload: What brings weights to the device while they are used; by default all stand there.
 
     Raises:
         ConfigError: If the decoder is that of another autoencoder.
@@ -78,8 +80,14 @@ class Pipeline:
         source: LoadedModel | None = None,
         engine: Engine | None = None,
         decoder: LoadedDecoder | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        self.model = model.to(execution.device).eval()
+        self.model = model.eval()
+        self.offload = offload
+        if offload is None:
+            model.to(execution.device)
+        else:
+            offload.place(model)
         self.execution = execution
         self.decoder = decoder
         if decoder is not None:
@@ -118,7 +126,8 @@ class Pipeline:
     @contextmanager
     def running(self) -> Generator[None]:
         """Compute in this pipeline's precision and by its engine, for a while."""
-        with autocast(self.execution), self.engine.running(self.model):
+        arriving = nullcontext() if self.offload is None else self.offload.running(self.model)
+        with autocast(self.execution), self.engine.running(self.model), arriving:
             yield
 
     def decode(self, latents: Tensor, *, in_stripes: bool = False) -> Tensor:
@@ -162,6 +171,11 @@ class Pipeline:
                     f"{self.name}: {name}: the engine {self.engine.name!r} {why}; draw with the"
                     " engine torch (--engine torch)"
                 )
+        if request.guides and self.offload is not None:
+            raise RequestError(
+                f"{self.name}: guides: are led by gradients, for which weights must stay on the"
+                " device; load without offload (--offload none)"
+            )
         distilled = self.model.unet.config.guidance_embed_dim is not None
         if request.tiled_sampling and self.model.unet.config.coordinate_channels:
             raise RequestError(
@@ -347,6 +361,7 @@ def load(
     *,
     engine: str = "auto",
     decoder: str | Path | None = None,
+    offload: OffloadKind = "none",
     config: str | Path | None = None,
     family: str | None = None,
     prediction: str | None = None,
@@ -366,9 +381,12 @@ def load(
             checkpoints stand in memory in it.
         engine: What runs the UNet and the decoder: ``auto`` and ``torch`` are torch, ``openvino``
             is OpenVINO on the processor (extra ``openvino``), which converts a model before its
-            picture.
+            first picture.
         decoder: A small decoder in place of the model's own, faster and not quite the same: a
             finished run of kind ``decoder``, or a folder of diffusers' ``AutoencoderTiny``.
+        offload: Where weights stand while they are not used: ``none`` on the device;
+            ``components`` and ``sequential`` on the CPU, from where they come by parts of the
+            model or layer by layer, for devices of less memory.
         config: The YAML of a single file, if it does not lie beside it.
         family: What a single file is, if it is recognised wrongly.
         prediction: ``epsilon`` or ``v_prediction``, if that of a single file is guessed wrongly.
@@ -376,14 +394,15 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, or it is damaged.
-        ConfigError: If the device, the precision or the engine is not to be had, or the decoder
-            is that of another autoencoder.
+        ConfigError: If the device, the precision, the engine or the offload is not to be had, or
+            the decoder is that of another autoencoder.
         MissingExtraError: If the engine, or a text encoder's package, is not installed.
     """
     if engine == "openvino" and device == "auto":
         device = "cpu"
     execution = select_precision(precision, select_device(device))
     runs = select_engine(engine, execution)
+    arrives = select_offload(offload, execution.device, runs.name)
     loaded = load_any(
         model,
         dtype=execution.precision,
@@ -393,7 +412,7 @@ def load(
         weights=weights,
     )
     small = load_decoder(decoder) if decoder is not None else None
-    pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs, small)
-    if isinstance(runs, TorchEngine):
+    pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs, small, arrives)
+    if isinstance(runs, TorchEngine) and arrives is None:
         runs.prepare(pipeline.model, execution)
     return pipeline

@@ -8,6 +8,7 @@ import torch
 
 from mezzotint.checkpoints.decoders import LoadedDecoder
 from mezzotint.device import select_device
+from mezzotint.engines.offload import OffloadKind
 from mezzotint.errors import ConfigError, RequestError
 from mezzotint.generation.adapters import adapters_of
 from mezzotint.generation.generate import GeneratedImage, generate_each, nth
@@ -54,6 +55,7 @@ def replay(
     *,
     engine: str = "auto",
     decoder: str | Path | None = None,
+    offload: OffloadKind = "none",
 ) -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
@@ -68,6 +70,7 @@ def replay(
         inputs: The pictures that it began from, where they are no longer where they were.
         engine: ``auto`` is what drew it. Another may differ by a rounding.
         decoder: Where the small decoder is now that decoded it, if it has moved.
+        offload: Where weights stand; see `mezzotint.generation.pipeline.load`.
 
     Returns:
         The picture, and its request with the engine that has drawn it now.
@@ -95,6 +98,7 @@ def replay(
         resolved.precision,
         engine=engine,
         decoder=decoder or (small.path if small is not None else None),
+        offload=offload,
         **read_as,
     )
     if small is not None and pipeline.decoder is not None:

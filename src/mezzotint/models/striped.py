@@ -22,7 +22,7 @@ from mezzotint.nn.resnet import ResnetBlock, Upsample
 
 __all__ = ["decode_in_stripes"]
 
-STRIPE = 32 << 20  # bytes of the map that a stripe is cut from
+STRIPE = 16 << 20  # bytes of the map that a stripe is cut from
 HELD = 5 << 28  # bytes of maps at a time, beyond which doubled ones are made anew when needed
 NARROW = 9 << 28  # bytes of two maps, beyond which they are held in bfloat16
 
@@ -173,9 +173,12 @@ class _Striped:
         mean = torch.zeros(h.shape[1], dtype=torch.float64)
         squares = torch.zeros(h.shape[1], dtype=torch.float64)
         for top, bottom in self._stripes(h):
-            rows = widened(h.rows(top, bottom))
-            centre = rows.mean((0, 2, 3), keepdim=True)
-            spread = (rows - centre).square_().sum((0, 2, 3)).cpu().double()
+            rows = h.rows(top, bottom)
+            wide = widened(rows)
+            centre = wide.mean((0, 2, 3), keepdim=True)
+            # what was widened is a copy already
+            centred = wide - centre if wide is rows else wide.sub_(centre)
+            spread = centred.square_().sum((0, 2, 3)).cpu().double()
             more = rows.shape[2] * rows.shape[3]
             away = centre.flatten().cpu().double() - mean
             squares += spread + away.square() * (count * more / (count + more))
