@@ -72,6 +72,7 @@ SURFACE = {
         "--precision",
         "--device",
         "--engine",
+        "--decoder",
         "--offload",
         "--config",
         "--family",

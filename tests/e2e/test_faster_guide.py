@@ -36,7 +36,7 @@ def test_it_runs(tiny, text_run, tmp_path, monkeypatch):
         if words[0] == "train":
             more = QUICK
         elif words[0] == "evaluate":
-            more = ["--steps", "2", "--samples", "12"]
+            more = ["--steps", "2", "--samples", "24"]
         elif words[0] == "sample":
             steps = [] if "lcm" in line or "student" in line else ["--steps", "3"]
             more = [*steps, "-o", f"{number}.png"]
