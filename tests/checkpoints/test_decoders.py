@@ -1,5 +1,6 @@
 """Small decoders on the disk: public ones decode as diffusers does, others' are refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,20 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 4, 4)
     assert torch.equal(found.decoder(latents), decoder(latents))
     torch.testing.assert_close(torch.tensor(found.colours), colours, atol=1e-4, rtol=0)
+    moved = shutil.copytree(tmp_path / "run" / "model" / "decoder", tmp_path / "fast")
+    assert load_decoder(moved).sha256 == found.sha256
     (folder,) = (tmp_path / "run").rglob("decoder")
     edit(folder / "config.json", width=9)
     with pytest.raises(CheckpointError, match="does not fit its SmallDecoder: wrong shape"):
         load_decoder(folder)
-    edit(folder / "config.json", colours_of_probes="red")
-    with pytest.raises(CheckpointError, match="colours_of_probes is 'red', expected colours"):
-        load_decoder(folder)
+    edit(folder / "config.json", width=8)
+    for told in ("red", [[0.1, 0.2, 0.3]], [[0.1]] * 5, [[0.1, 0.2, "red"]] * 5):
+        edit(folder / "config.json", colours_of_probes=told)
+        with pytest.raises(
+            CheckpointError, match="colours_of_probes is .*, expected 5 colours of 3"
+        ):
+            load_decoder(folder)
+    edit(folder / "config.json", colours_of_probes=colours.tolist())
     edit(folder / "config.json", _class_name="AutoencoderKL")
     with pytest.raises(CheckpointError, match="holds a 'AutoencoderKL', which is no small decoder"):
         load_decoder(folder)
@@ -88,6 +96,9 @@ def test_one_of_another_autoencoder_is_refused(tmp_path: Path) -> None:
             check_decoder(found, first_stage, normalization)
     with pytest.raises(ConfigError, match="images 2 times as large .* has images 4 times"):
         check_decoder(found, kl(3), ONE)
+    save_decoder(small(latent_channels=3, out_channels=1), torch.rand(4, 1), tmp_path / "grey")
+    with pytest.raises(ConfigError, match="images of 1 channels, but the model has images of 3"):
+        check_decoder(load_decoder(tmp_path / "grey"), mine, ONE)
     save_decoder(small(), torch.rand(5, 3), tmp_path / "four")
     with pytest.raises(ConfigError, match="latents of 4 channels, but the model has latents of 3"):
         check_decoder(load_decoder(tmp_path / "four"), mine, ONE)

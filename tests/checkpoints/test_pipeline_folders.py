@@ -65,5 +65,7 @@ def test_the_hash_is_that_of_everything_that_was_read(copied: Callable[[str], Pa
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == there
     before = loaded.content_hash()
+    folder = folder.rename(folder.with_name("moved"))
+    assert load_pipeline(folder).content_hash() == before
     edit(folder / "scheduler" / "scheduler_config.json", steps_offset=2)
     assert load_pipeline(folder).content_hash() != before

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tiny_pipelines import CONDITIONERS, bert, clip, edit, inpainting, kl, model
@@ -20,6 +21,7 @@ from mezzotint.conditioning.spatial import (
     LowResConditioner,
     LowResConditionerConfig,
 )
+from mezzotint.errors import CheckpointError
 from mezzotint.latent_diffusion import LatentNormalization
 from mezzotint.models.autoencoder import (
     IdentityFirstStage,
@@ -117,6 +119,33 @@ def test_layers_that_no_picture_depends_on_are_left_out(tmp_path: Path) -> None:
     before, after = ours.conditioner(inputs).crossattn, again(inputs).crossattn
     assert before is not None and after is not None
     assert torch.allclose(before, after, atol=1e-5)  # float32: tensors lie at other addresses
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip-inpainting", "nothing"])
+def test_students_say_how_they_are_sampled(tmp_path: Path, kind: str) -> None:
+    conditioner = CONDITIONERS[kind]()
+    ours = model(conditioner, guidance_embed_dim=8 if conditioner.wants else None)
+    defaults = SamplingDefaults(sampler="lcm", guidance_scale=3.0, steps=2)
+    told = save_pipeline(ours, tmp_path, defaults=defaults)
+    assert told == [
+        f"{what}: only Mezzotint reads it" for what in ("guidance_scale 3.0", "steps 2")
+    ]
+    again = load_any(tmp_path)
+    assert again.defaults == defaults
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    theirs = getattr(diffusers, index["_class_name"])
+    left = theirs.extract_init_dict(index)[1]
+    assert "_sampling" in index and not left, "diffusers would warn of it"
+    edit(tmp_path / "model_index.json", _sampling={"stride": 2})
+    with pytest.raises(CheckpointError, match="model_index.json: _sampling: .*'stride'"):
+        load_any(tmp_path)
+
+
+def test_a_student_that_its_pipeline_would_not_tell_the_guidance(tmp_path: Path) -> None:
+    """diffusers' class would draw as if nothing guided it, twice."""
+    ours = model(bert(max_length=77), kl(4), size=(64, 64), guidance_embed_dim=8)
+    [sentence] = save_pipeline(ours, tmp_path)
+    assert "LDMTextToImagePipeline tells the UNet no scale of guidance" in sentence
 
 
 def test_a_consistency_model(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_models_and_data_that_do_not_fit(
     )
     assert "resolution" in refused(ConfigError, class_model, clothes, protocol, resolution=8)
     assert "steps: 1001" in refused(RequestError, class_model, clothes, protocol, steps=1001)
+    message = refused(RequestError, class_model, clothes, protocol, sampler="lcm", steps=51)
+    assert message == "steps: must be from 1 to 50, got 51"
     message = refused(ConfigError, class_model, clothes, protocol, step=5)
     assert "did you mean 'steps'" in message
     message = refused(ConfigError, class_model, clothes, changed(protocol, ema=False))

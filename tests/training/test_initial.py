@@ -49,9 +49,13 @@ def test_it_learns_from_there_and_goes_on(tiny, text_run: Path, tmp_path: Path) 
         assert torch.equal(value, b[key]), key
 
 
-def test_captions_are_read_in_the_words_of_the_other(tiny, text_run: Path, tmp_path: Path) -> None:
+def test_captions_are_read_in_the_words_of_the_other(
+    tiny, text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fewer pictures have other captions, from which another vocabulary would be learned."""
-    fewer = hybrid(tiny, text_run, data__subset=None, data__names=["red-apple", "bus", "key"])
+    monkeypatch.setenv("HOME", str(text_run.parent))
+    home = Path("~") / text_run.name
+    fewer = hybrid(tiny, home, data__subset=None, data__names=["red-apple", "bus", "key"])
     run = tiny.train(fewer, tmp_path / "run")
     ours, theirs = ((r / "tokenizer.json").read_text() for r in (run, text_run))
     assert ours == theirs

@@ -120,16 +120,15 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
             f"{folder / CONFIG}: holds a {short(name)}, which is no small decoder;"
             f" {nearest(name, (CLASS, PUBLIC))}"
         )
-    colours = None
     if name == PUBLIC:
         fields = _read_public(data, folder)
     else:
         fields = {key: value for key, value in data.items() if key not in ("_class_name", _PROBES)}
-        colours = _read_colours(data.get(_PROBES), folder)
     try:
         config = SmallDecoderConfig.from_dict(fields, str(folder / CONFIG))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+    colours = None if name == PUBLIC else _read_colours(data.get(_PROBES), config, folder)
     with torch.device("meta"):
         decoder = SmallDecoder(config)
     rename = _of_decoder if name == PUBLIC else str
@@ -151,6 +150,7 @@ def check_decoder(
     for what, mine, wanted in (
         ("latents of {} channels", config.latent_channels, first_stage.latent_channels),
         ("images {} times as large as their latents", config.factor, first_stage.factor),
+        ("images of {} channels", config.out_channels, 3),
     ):
         if mine != wanted:
             raise ConfigError(
@@ -193,13 +193,18 @@ def _read_public(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_colours(told: Any, folder: Path) -> tuple[tuple[float, ...], ...]:
+def _read_colours(
+    told: Any, config: SmallDecoderConfig, folder: Path
+) -> tuple[tuple[float, ...], ...]:
     rows = cast("Sequence[Any]", told if isinstance(told, list) else [])
     numbers = [
         tuple(float(v) for v in row)
         for row in rows
         if isinstance(row, list) and all(isinstance(v, int | float) for v in cast("list[Any]", row))
     ]
-    if len(numbers) != len(rows) or not rows or len({len(row) for row in numbers}) != 1:
-        raise CheckpointError(f"{folder / CONFIG}: {_PROBES} is {short(told)}, expected colours")
+    if [len(row) for row in numbers] != [config.out_channels] * (config.latent_channels + 1):
+        raise CheckpointError(
+            f"{folder / CONFIG}: {_PROBES} is {short(told)}, expected {config.latent_channels + 1}"
+            f" colours of {config.out_channels} channels"
+        )
     return tuple(numbers)

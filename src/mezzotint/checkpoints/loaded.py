@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from os.path import commonpath, commonprefix
 from pathlib import Path
 from typing import Literal
 
@@ -98,11 +98,15 @@ def _beginning(names: Sequence[str]) -> str:
 
 
 def content_hash(files: Iterable[Path]) -> str:
-    """Return the sha256 of one file, or for several that of their names and sums, hexadecimal."""
-    paths = sorted(files)
+    """Return the sha256 of one file, or for several that of their names and sums, hexadecimal.
+
+    Names are those in the folder that holds all of them, whose own may change.
+    """
+    paths = sorted(path.absolute() for path in files)
     if len(paths) == 1:
         return file_sha256(paths[0])
-    sums = [[path.parent.name, path.name, file_sha256(path)] for path in paths]
+    folder = commonpath([path.parent for path in paths])
+    sums = [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in paths]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 

@@ -167,20 +167,21 @@ def read_index(folder: Path) -> tuple[dict[str, Any], tuple[int, int]]:
             )
 
 
-def read_defaults(index: Mapping[str, Any], path: Path) -> SamplingDefaults:
+def read_defaults(index: Mapping[str, Any], path: Path, key: str = "sampling") -> SamplingDefaults:
     """Read from the index of a model's folder how it is sampled where a request does not say.
 
     Args:
         index: Its content.
         path: What messages call it.
+        key: Where in the index it stands.
 
     Raises:
         CheckpointError: If it says what is not known.
     """
     try:
-        return SamplingDefaults(**index.get("sampling", {}))
+        return SamplingDefaults(**index.get(key, {}))
     except TypeError as error:
-        raise CheckpointError(f"{path}: sampling: {error}") from None
+        raise CheckpointError(f"{path}: {key}: {error}") from None
 
 
 def check_width(folder: Path, unet: UNetConfig, width: int | None) -> None:

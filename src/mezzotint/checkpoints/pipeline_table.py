@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.text_encoders import BERT_CLASSES, CLIP_CLASSES
 from mezzotint.errors import CheckpointError, nearest
@@ -46,6 +47,11 @@ class PipelineLayout:
     sampler: str | None = None
     guidance_scale: float | None = None
     steps: int | None = None
+
+    def unlike(self, defaults: SamplingDefaults) -> dict[str, float]:
+        """Return what no scheduler says of the sampling, where it is not the software's."""
+        told = {"guidance_scale": defaults.guidance_scale, "steps": defaults.steps}
+        return {k: v for k, v in told.items() if v not in (None, getattr(self, k))}
 
 
 _STABLE = PipelineLayout(

@@ -26,6 +26,7 @@ from mezzotint.checkpoints.model import (
     check_width,
     load_first_stage,
     load_unet,
+    read_defaults,
     require_range,
     sample_size,
     save_first_stage,
@@ -78,6 +79,7 @@ __all__ = [
 
 _TOKENIZERS = {"text_encoder": "CLIPTokenizer", "bert": "BertTokenizer"}
 _VERSION = "0.35.0"  # of the layout that is written
+_SAMPLING = "_sampling"  # diffusers passes over keys that begin so
 _FIRST_SIZE = 64  # of Stable Diffusion's latents
 # what LDMTextToImagePipeline takes for granted
 _BERT_LENGTH, _BERT_FACTOR = 77, 8
@@ -122,14 +124,11 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     sampler = scheduler.defaults.sampler or layout.sampler
+    told = read_defaults(index, folder / INDEX, _SAMPLING)
+    scale, steps = told.guidance_scale or layout.guidance_scale, told.steps or layout.steps
     return LoadedModel(
         model=model.eval(),
-        defaults=replace(
-            scheduler.defaults,
-            sampler=sampler,
-            guidance_scale=layout.guidance_scale,
-            steps=layout.steps,
-        ),
+        defaults=replace(scheduler.defaults, sampler=sampler, guidance_scale=scale, steps=steps),
         files=_files(folder, layout),
         notes=(*scheduler.notes, *notes, *_not_used(index, layout)),
         left_out=_left_out(folder, layout),
@@ -307,9 +306,8 @@ def save_pipeline(
     scheduler, lost = write_scheduler(
         model.schedule_config, defaults, standard=layout.standard, scaled=layout.scaled
     )
-    told = defaults.guidance_scale if defaults is not None else None
-    if told not in (None, layout.guidance_scale):
-        lost.append(f"guidance_scale {told}: a folder says none")
+    sampling = layout.unlike(defaults or SamplingDefaults())
+    lost += [f"{name} {value}: only Mezzotint reads it" for name, value in sampling.items()]
     write_json(folder / "scheduler" / FILE, scheduler)
     save_first_stage(model.first_stage, model.normalization, folder / layout.first_stage, dtype)
     height, width = sample_size(model)
@@ -328,7 +326,7 @@ def save_pipeline(
         index["tokenizer"] = ["transformers", _TOKENIZERS[layout.encoder]]
     if layout.condition == "clip":
         index |= {part: [None, None] for part in _NOT_SAVED} | {"requires_safety_checker": False}
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index | ({_SAMPLING: sampling} if sampling else {}))
     return lost
 
 
@@ -377,6 +375,8 @@ def _misfit(model: LatentDiffusion, name: str) -> str | None:
         return f"{name} wants a UNet that {needed} can be"
     if unet.num_class_embeds is not None or unet.vector_dim is not None:
         return f"{name} tells the UNet no class and no vector"
+    if unet.guidance_embed_dim is not None and layout.condition != "clip":
+        return f"{name} tells the UNet no scale of guidance"
     if not isinstance(first_stage, stages):
         return f"{name} has no place for an {type(first_stage).__name__}"
     if height != width and name != "StableDiffusionPipeline":

@@ -162,8 +162,9 @@ def check_steps(pipeline: Pipeline, request: GenerationRequest) -> None:
             f"steps: {request.steps} is more than the {most} noise levels that the model was"
             " trained on"
         )
-    options = get_sampler(request.sampler).options
-    if request.eta is not None and "eta" not in options:
+    sampler = get_sampler(request.sampler)
+    sampler.sigmas(pipeline.model.schedule, request.steps, request.spacing)
+    if request.eta is not None and "eta" not in sampler.options:
         raise RequestError(f"eta: the sampler {request.sampler!r} has no such option")
 
 

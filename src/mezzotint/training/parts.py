@@ -106,7 +106,8 @@ def _keep_tokenizer(
     if path.is_file():
         return
     temporary = path.with_suffix(".tmp")
-    known = vocabulary_of(recipe.initial) if recipe.initial is not None else None
+    initial = None if recipe.initial is None else Path(recipe.initial).expanduser()
+    known = None if initial is None else vocabulary_of(initial)
     tokenizer = known or train_tokenizer(_captions(data), vocab_size)
     tokenizer.save(str(temporary))
     temporary.replace(path)
