@@ -1,5 +1,6 @@
 """LoRA files are read whole or refused by name, and act without leaving a trace."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mezzotint.conditioning.base import ConditionInputs
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.nn.packed import pack
 
 QUERY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -138,6 +140,32 @@ def test_live_and_merged_agree(model: LatentDiffusion, tmp_path: Path) -> None:
 
 def both(model: LatentDiffusion) -> tuple[Tensor, Tensor]:
     return drawn(model), tokens(model)
+
+
+def test_merged_into_packed_layers_and_out_again(model: LatentDiffusion, tmp_path: Path) -> None:
+    model = copy.deepcopy(model).eval()
+    path, before = saved(tmp_path, kohya()), state(model)
+    names = [name for name, _ in model.named_parameters()]
+    with adapters(model, [Use(str(path))], merge=True):
+        expected = drawn(model)
+    pack(model.unet, torch.float32)
+    with adapters(model, [Use(str(path))], merge=True):
+        assert torch.allclose(drawn(model), expected, atol=1e-4)
+    assert_untouched(model, before)
+    model.unet.train()
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.unet.parameters())
+
+
+def test_gradients_after_drawing_without(model: LatentDiffusion, tmp_path: Path) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    AdapterSet(half).apply(read_lora(saved(tmp_path, kohya())))
+    with torch.inference_mode():
+        drawn(half)
+    x = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    context = torch.ones(1, 5, 64, dtype=torch.bfloat16)
+    half.unet(x, torch.tensor([1.0]), context).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
 
 
 def test_seamless_convolutions(model: LatentDiffusion, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mezzotint.device import Execution, select_device, select_precision
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.engines import openvino_files
 from mezzotint.engines.openvino import OpenVinoEngine
-from mezzotint.engines.select import select_engine
+from mezzotint.engines.select import TorchEngine, select_engine
 from mezzotint.errors import CheckpointError, ConfigError, MissingExtraError, RequestError
 from mezzotint.evaluation.evaluate import evaluate
 from mezzotint.evaluation.protocol import PROTOCOLS
@@ -32,6 +32,7 @@ from mezzotint.generation.request import AdapterUse, FeatureReuse
 from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import VQModel, VQModelConfig
 from mezzotint.models.unet import UNet, UNetConfig
+from mezzotint.nn.packed import is_packed
 
 try:
     openvino_files.import_openvino()
@@ -114,6 +115,17 @@ def test_torch_runs_none_of_it(
     monkeypatch.setattr(UNet, "trunk", fail)
     monkeypatch.setattr("mezzotint.models.encoder_decoder.Decoder.forward", fail)
     by_openvino.generate("a red apple", steps=1)
+
+
+def test_packed_networks_are_converted_as_the_plain_ones(text_run: Path) -> None:
+    pipeline = load(text_run, precision="float32")
+    pipeline.engine = OpenVinoEngine(execution())
+    assert is_packed(pipeline.model.unet)
+    asked: dict[str, Any] = {"prompt": "a red apple", "steps": 2}
+    ours = pixels(pipeline.generate(**asked))
+    assert is_packed(pipeline.model.unet)
+    pipeline.engine = TorchEngine()
+    assert abs(ours - pixels(pipeline.generate(**asked))).max() <= 1
 
 
 def test_captions_of_several_lengths_in_one_batch(

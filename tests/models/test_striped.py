@@ -1,9 +1,12 @@
 """Decoding in stripes is decoding, by less memory."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mezzotint.generation.tiling import seamless
 from mezzotint.models.autoencoder import (
     AutoencoderKL,
     AutoencoderKLConfig,
@@ -92,6 +95,20 @@ def test_maps_beyond_a_size_are_rounded_alone(decoder: Decoder) -> None:
     assert narrow.dtype == whole.dtype
     difference = (narrow - whole).abs().mean() / whole.std()
     assert 1e-4 < difference < 0.02
+
+
+@torch.no_grad()
+def test_maps_of_half_precision_are_held_as_they_are(decoder: Decoder) -> None:
+    z, half = latents(8, 8).half(), copy.deepcopy(decoder).half()
+    striped = decode_in_stripes(half, z, stripe=3000, held=0)
+    assert striped.dtype is torch.float16
+    # bfloat16 would take as much memory and lose three bits
+    assert torch.equal(decode_in_stripes(half, z, stripe=3000, held=0, narrow=0), striped)
+
+
+def test_stripes_are_not_for_edges_that_fit_together(decoder: Decoder) -> None:
+    with seamless(decoder), pytest.raises(AssertionError, match="padded"):
+        decode_in_stripes(decoder, latents(8, 8))
 
 
 def test_layers_see_stripes(decoder: Decoder) -> None:

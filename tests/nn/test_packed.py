@@ -13,6 +13,7 @@ from mezzotint.nn.packed import (
     PackedLinear,
     PackedUpsample,
     WinogradConv2d,
+    is_packed,
     pack,
     weight_shape,
 )
@@ -175,6 +176,34 @@ def test_what_changes_a_layer_makes_it_plain(name: str, change: Any) -> None:
     assert layer.weight.requires_grad
     assert torch.equal(layer.weight.float(), next(iter(state.values())))
     assert torch.allclose(network(x.to(layer.weight.dtype)).float(), plain, atol=1e-5)
+    # at that call upsampling lets go of what it had packed
+    assert type(network[0]) in (nn.Conv2d, nn.Linear, Upsample)
+    assert not is_packed(network)
+    assert set(vars(network[0])) == set(vars(build(name)[0][0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.bias.fill_(3.0),
+        lambda layer: setattr(layer.bias, "data", torch.ones_like(layer.bias)),
+        lambda layer: setattr(layer, "bias", nn.Parameter(-layer.bias)),
+        lambda layer: setattr(layer, "bias", None),
+    ],
+    ids=["in place", "data", "bias =", "none"],
+)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["3x3", "linear", "upsampling"])
+@torch.no_grad()
+def test_a_changed_bias_counts(name: str, precision: torch.dtype, change: Any) -> None:
+    network, x = build(name)
+    plain = copy.deepcopy(network)
+    pack(network, precision)
+    for one in (network, plain):
+        change(getattr(one[0], "conv", one[0]))
+    assert is_packed(network)
+    atol = 1e-5 if precision is torch.float32 else 0.05
+    assert torch.allclose(network(x).float(), plain(x), atol=atol)
 
 
 @pytest.mark.parametrize("name", LAYERS)

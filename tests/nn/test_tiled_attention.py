@@ -46,6 +46,14 @@ def test_bfloat16_is_half_as_exact_as_torch_s_kernel_or_better(sharpness: float)
 
 
 @torch.no_grad()
+def test_what_all_keys_have_in_common_takes_no_digits_of_their_scores() -> None:
+    q, k, v = (of_tokens(512, seed, torch.bfloat16) for seed in range(3))
+    q[..., 0], k[..., 0] = 8.0, 128.0  # 256 more in every score, which softmax does not see
+    right = exact(q, k, v)
+    assert (attend_in_tiles(q, k, v) - right).norm() < 0.01 * right.norm()
+
+
+@torch.no_grad()
 def test_scores_beyond_what_an_exponential_holds() -> None:
     q = k = v = 20 * of_tokens(600, 0)
     out = attend_in_tiles(q, k, v)

@@ -23,6 +23,7 @@ from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.errors import RequestError, nearest
 from mezzotint.latent_diffusion import LatentDiffusion
+from mezzotint.nn.packed import PackedConv2d, PackedLinear
 
 __all__ = ["AdapterSet", "AdapterUse", "adapters"]
 
@@ -80,7 +81,8 @@ class AdapterSet:
             adapter: What was read.
             weight: How strongly; 1 is as it was trained, 0 not at all.
             text_weight: How strongly on the text encoder, if not the same.
-            merge: Change the weights, in their own precision. Otherwise they are not touched.
+            merge: Change the weights, in their own precision; packed layers become plain by it, and
+                stay so. Otherwise they are not touched.
 
         Raises:
             RequestError: If one of this name acts, or a weight is no number.
@@ -247,7 +249,10 @@ class _Branch:
         """The factors where the layer computes, and in its precision."""
         down = self._factors[0]
         if (down.device, down.dtype) != (output.device, output.dtype):
-            self._factors = self.layer.down.to(output), self.layer.up.to(output)
+            # tensors of inference mode could take no part in a later gradient
+            with torch.inference_mode(False):
+                dtype, device = output.dtype, output.device
+                self._factors = self.layer.down.to(device, dtype), self.layer.up.to(device, dtype)
         return self._factors
 
 
@@ -269,6 +274,8 @@ class _Merged:
 
     def __post_init__(self) -> None:
         self._branches: list[_Branch] = []
+        if isinstance(self.module, PackedConv2d | PackedLinear):
+            self.module.unpack()  # what is put back later has to be the parameter
         self._original = self.module.weight
 
     def add(self, branch: _Branch) -> None:

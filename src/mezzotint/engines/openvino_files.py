@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError, MissingExtraError
 from mezzotint.models.weights import cache_directory
+from mezzotint.nn.packed import is_packed
 
 __all__ = ["convert", "import_openvino", "keep", "version"]
 
@@ -81,7 +82,8 @@ def convert(network: nn.Module, example: Sequence[Tensor]) -> Any:
         # torch deprecates tracing in favour of its export, which fixes sizes that must stay open;
         # and it warns of checks of shapes inside torch, which a trace leaves out rightly
         warnings.simplefilter("ignore")
-        if any(parameter.dtype is not torch.float32 for parameter in network.parameters()):
+        wide = all(parameter.dtype is torch.float32 for parameter in network.parameters())
+        if not wide or is_packed(network):  # whose copies are plain, while a trace knows no packed
             network = copy.deepcopy(network).float()
         traced = decoders.TorchScriptPythonDecoder(
             network,

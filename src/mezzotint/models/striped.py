@@ -47,11 +47,13 @@ def decode_in_stripes(
         z: ``(B, latent_channels, h, w)``.
         stripe: Bytes of a stripe, at most; of one row, if that has more.
         held: Bytes of an upsampled map and of what is made from it, at most.
-        narrow: Bytes of two maps of one size, beyond which they are held in bfloat16.
+        narrow: Bytes of two maps of one size, beyond which wider ones are held in bfloat16.
 
     Returns:
         Images ``(B, out_channels, f h, f w)``.
     """
+    convolutions = (layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d))
+    assert all(layer.padding_mode == "zeros" for layer in convolutions), "stripes are padded so"
     return torch.cat([_Striped(stripe, held, narrow).decode(decoder, one) for one in z.split(1)])
 
 
@@ -144,7 +146,7 @@ class _Striped:
             rows = make(top, bottom)
             if made is None:
                 shape = (1, rows.shape[1], *like.shape[2:])
-                too_large = 2 * math.prod(shape) * rows.itemsize > self.narrow
+                too_large = rows.itemsize > 2 and 2 * math.prod(shape) * rows.itemsize > self.narrow
                 # rows of a map whose channels lie last are neighbours in memory
                 held = torch.empty(
                     shape,

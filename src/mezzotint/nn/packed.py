@@ -17,9 +17,9 @@ from mezzotint.nn.resnet import Upsample
 from mezzotint.nn.winograd import convolve, transform_weight
 
 __all__ = ["PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
-__all__ += ["weight_shape"]
+__all__ += ["is_packed", "weight_shape"]
 
-_HELD = {"_weight", "_wide", "_small_bias", "_learns", "_transformed", "_doubling", "_made_of"}
+_HELD = {"_weight", "_wide", "_learns", "_transformed", "_doubling", "_made_of"}
 _ops: Any = torch.ops.mkldnn  # made for torch's compiler; they take tensors outside of it as well
 _LEAST = 4096  # weights of a layer: below, a call costs more than order can save
 _LEAST_CHANNELS = 256  # for Winograd's algorithm: with fewer, adding takes longer than multiplying
@@ -33,7 +33,8 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
     ones a rounded copy is packed, and they are kept. Parameters keep their names in the network's
     state, but `parameters` lists no weight that is packed. What trains, moves, converts, copies or
     overwrites a layer makes it plain again, and so does ``train()``; gradients flow to a layer's
-    input, and not to its weight.
+    input, and not to its weight. What `parameters` does not list, ``requires_grad_()`` and changes
+    in place do not reach: make layers plain before.
 
     Args:
         network: On the processor, in evaluation mode.
@@ -63,6 +64,11 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
             kind.adopt(layer, precision)
 
 
+def is_packed(network: nn.Module) -> bool:
+    """Say whether any layer of a network is packed."""
+    return any(isinstance(layer, _Packed) for layer in network.modules())
+
+
 def weight_shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
     """Return the shape of a layer's weight, without unpacking it."""
     if isinstance(layer, nn.Linear):
@@ -88,7 +94,6 @@ class _Packed(nn.Module):
     _plain: ClassVar[type[nn.Module]]
     _weight: Tensor  # packed, opaque to all but oneDNN
     _wide: Tensor | None  # the weight itself, where it is wider than what is computed in
-    _small_bias: Tensor | None
     _learns: bool
 
     @classmethod
@@ -96,21 +101,25 @@ class _Packed(nn.Module):
         """Turn a plain layer into a packed one."""
         weight = layer._parameters.pop("weight")  # pyright: ignore[reportPrivateUsage]
         assert weight is not None, "a plain layer has a weight"
-        bias = layer.bias
         layer.__class__ = cls
         assert isinstance(layer, cls)
         layer._learns, weight = weight.requires_grad, weight.detach()
         layer._wide = None if weight.dtype is precision else weight
-        layer._small_bias = bias.detach().to(precision) if isinstance(bias, Tensor) else None
         layer._weight = layer._in_order(weight.to(precision))
 
     def _in_order(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
     @property
-    def packed(self) -> tuple[Tensor, Tensor | None]:
-        """The packed weight, which oneDNN alone can read, and the bias in its precision."""
-        return self._weight, self._small_bias
+    def packed(self) -> Tensor:
+        """The packed weight, which oneDNN alone can read."""
+        return self._weight
+
+    @property
+    def small_bias(self) -> Tensor | None:
+        """The bias as it is now, in the precision of the packed weight."""
+        bias = self._parameters["bias"]  # as ever: it may have been changed in place
+        return None if bias is None else bias.detach().to(self._weight.dtype)
 
     def unpack(self) -> None:
         """Become a plain layer again."""
@@ -178,7 +187,7 @@ class PackedConv2d(_Packed, nn.Conv2d):
         return _ops._convolution_pointwise(
             x.contiguous(memory_format=torch.channels_last),
             self._weight,
-            self._small_bias,
+            self.small_bias,
             padding,
             self.stride,
             self.dilation,
@@ -204,7 +213,7 @@ class WinogradConv2d(PackedConv2d):
         learning = torch.is_grad_enabled() and input.requires_grad
         if odd or learning or self.padding_mode != "zeros":
             return super().forward(input)
-        return convolve(input.float(), self._transformed, self._small_bias)
+        return convolve(input.float(), self._transformed, self.small_bias)
 
 
 class PackedLinear(_Packed, nn.Linear):
@@ -220,7 +229,7 @@ class PackedLinear(_Packed, nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             return F.linear(input, self.weight, self.bias)
         x = input.to(self._weight.dtype)
-        return _ops._linear_pointwise(x, self._weight, self._small_bias, "none", [], "")
+        return _ops._linear_pointwise(x, self._weight, self.small_bias, "none", [], "")
 
 
 class PackedUpsample(Upsample):
@@ -233,7 +242,6 @@ class PackedUpsample(Upsample):
 
     _doubling: Tensor  # packed
     _made_of: Tensor
-    _small_bias: Tensor | None
 
     @classmethod
     def adopt(cls, layer: Upsample, precision: torch.dtype) -> None:
@@ -245,7 +253,7 @@ class PackedUpsample(Upsample):
         PackedConv2d.adopt(layer.conv, precision)
         layer.__class__ = cls
         assert isinstance(layer, cls) and isinstance(layer.conv, PackedConv2d)
-        layer._made_of, layer._small_bias = layer.conv.packed
+        layer._made_of = layer.conv.packed
         size = [2, doubling.shape[0], _SIDE, _SIDE]
         layer._doubling = _ops._reorder_convolution_transpose_weight(
             doubling.contiguous(), [1, 1], [0, 0], [2, 2], [1, 1], 1, size
@@ -255,25 +263,29 @@ class PackedUpsample(Upsample):
         self, x: Tensor, time: Tensor | None = None, size: Sequence[int] | None = None
     ) -> Tensor:
         """Map ``(B, C, H, W)`` to twice the size or to ``size``; the embedding is not used."""
+        conv = self.conv
+        if not isinstance(conv, PackedConv2d) or conv.packed is not self._made_of:
+            self.unpack()
+            return Upsample.forward(self, x, time, size)
         double = [2 * side for side in x.shape[2:]]
         if (size is not None and list(size) != double) or not self._may_double(x):
             return super().forward(x, time, size)
         x = x.to(self._doubling.dtype).contiguous(memory_format=torch.channels_last)
         return _ops._convolution_transpose_pointwise(
-            x, self._doubling, self._small_bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
+            x, self._doubling, conv.small_bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
         )
 
+    def unpack(self) -> None:
+        """Become a plain layer again, at the first call after the convolution is another."""
+        del self._doubling, self._made_of
+        self.__class__ = Upsample  # pyright: ignore[reportAttributeAccessIssue]
+
     def _may_double(self, x: Tensor) -> bool:
-        """Whether the convolution is as it was packed, and nothing acts on it."""
+        """Whether nothing acts on the convolution."""
         conv = self.conv
         hooked = any(vars(conv)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
         learning = torch.is_grad_enabled() and x.requires_grad
-        return (
-            isinstance(conv, PackedConv2d)
-            and conv.packed[0] is self._made_of
-            and conv.padding_mode == "zeros"
-            and not (hooked or learning)
-        )
+        return conv.padding_mode == "zeros" and not (hooked or learning)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the plain layer."""

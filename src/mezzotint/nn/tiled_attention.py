@@ -32,7 +32,9 @@ def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     torch's own kernel goes through blocks of keys as well, and mends its sums at each; here a tile
     has its scores to all keys at once, in memory that the next tile uses again. In bfloat16 scores
-    are rounded, as queries and keys were, and weights once more; sums are in float32.
+    are rounded, as queries and keys were, and weights once more; sums are in float32. What a query
+    has in common with all keys weighs none of them more, but would take the digits of their scores:
+    the mean of the keys is subtracted.
 
     Args:
         q: Queries ``(B, heads, N, d)``.
@@ -44,6 +46,7 @@ def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     batch, heads, count, width = q.shape
     scale = width**-0.5
+    k = k - k.mean(dim=2, keepdim=True)
     out = q.new_empty(batch, count, heads, width).transpose(1, 2)
     scores = q.new_empty(min(_ROWS, count), k.shape[2])
     rows = q.new_empty(count, width)
