@@ -13,8 +13,8 @@ import torch
 
 from mezzotint.checkpoints.model import load_first_stage, load_model, save_first_stage, save_model
 from mezzotint.errors import ConfigError, TrainingError, nearest
+from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.checkpoint import list_checkpoints
-from mezzotint.training.finetune_recipe import Recipe
 from mezzotint.training.recipe import DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.run import load_recipe, train
 
