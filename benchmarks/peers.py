@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "first_of",
     "peer_network",
     "peer_words",
+    "running",
 ]
 
 PIPELINE_PEERS = ("diffusers", "diffusers-best", "diffusers-compiled")
@@ -61,11 +63,15 @@ def peer_network(
         network.compile()
 
     def call() -> Tensor:
-        # diffusers' pipelines themselves run without gradients
-        with torch.no_grad() if peer == "diffusers" else torch.inference_mode():
+        with running(peer):
             return first_of(network(*inputs)).float()
 
     return call
+
+
+def running(peer: str) -> AbstractContextManager[object]:
+    """Compute as a peer does: without gradients, as diffusers' pipelines, or with less still."""
+    return torch.no_grad() if peer == "diffusers" else torch.inference_mode()
 
 
 def first_of(output: Any) -> Tensor:

@@ -64,6 +64,8 @@ STAGES = {
     "diffusion": ("diffusers", "diffusers-autocast"),
     "autoencoder": ("diffusers", "diffusers-autocast", "original"),
 }
+# keys of the recipe that say how Mezzotint works, or what the peer's networks and data follow
+SHARED = ("channels_last", "run.", "optimizer.", "unet.", "model.", "data.")
 WANTED = {
     ("diffusion", "diffusers"): 0.47,
     ("diffusion", "diffusers-autocast"): 0.9,
@@ -179,6 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.peer not in STAGES[options.stage]:
         parser.error(f"--peer: of the stage {options.stage}, one of {STAGES[options.stage]}")
+    for told in options.set or ():
+        if not told.startswith(SHARED):
+            parser.error(
+                f"--set {told}: the peer's loop would not follow; only keys that begin with"
+                f" {', '.join(SHARED)} leave both the same work"
+            )
     execution = execution_of(options)
     if execution.device.type == "cpu":
         keep_freed_memory()  # as training does; the peer gains by it too
@@ -194,8 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda: task.train_step(next(steps), 0.0), plain.step, options, execution
         )
         task.batches.close()
+    name = precision_name(execution.precision)
     compared = Comparison(
-        mezzotint=f"{precision_name(execution.precision)}, float32 weights",
+        mezzotint=", ".join([name, "float32 weights", *(options.set or ())]),
         peer=PEERS[options.peer],
         wanted=WANTED.get((options.stage, options.peer)),
         images=options.batch,

@@ -5,6 +5,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from benchmarks.peers import running
 from benchmarks.side_by_side import AGREEMENT, Comparison, Record
 
 from benchmarks import decode, growth, performance, startup, text_to_image, training_step, unet_step
@@ -75,10 +77,22 @@ def test_training_steps_begin_from_networks_that_agree(
 ) -> None:
     words = (stage, "--peer", peer, "--precision", "float32", "--set", "channels_last=true")
     record = rehearse(training_step, work, tmp_path, *words)
+    assert record.command.startswith(f"python -m benchmarks.training_step {stage} --")
     assert "--set channels_last=true" in record.command
     found = one(record)
+    assert found.mezzotint == "float32, float32 weights, channels_last=true"
     assert found.difference is not None and found.difference <= AGREEMENT
     assert (found.flops is not None) == (stage == "diffusion")
+
+
+@pytest.mark.parametrize("told", ["batch_size=8", "accumulate=4", "loss.l2=1", "patch=32"])
+def test_what_the_peer_would_not_follow_is_refused(
+    told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        training_step.main(["autoencoder", "--set", told])
+    assert stopped.value.code == 2
+    assert f"--set {told}: the peer's loop would not follow" in capsys.readouterr().err
 
 
 def test_a_peer_of_the_other_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,3 +143,10 @@ def test_the_demonstrations_model_draws(tmp_path: Path) -> None:
     drawn = pipeline.generate(startup.PROMPT, num_images=2, steps=2)
     assert drawn[0].image.size == (48, 48)
     assert drawn[0].image.tobytes() != drawn[1].image.tobytes()
+
+
+@pytest.mark.parametrize(("peer", "inference"), [("diffusers", False), ("diffusers-best", True)])
+def test_a_peer_runs_as_its_name_says(peer: str, inference: bool) -> None:
+    with running(peer):
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == inference

@@ -73,6 +73,9 @@ def test_networks_that_differ_are_not_timed() -> None:
     with pytest.raises(SystemExit, match="differ by nan"):
         must_agree(float("nan"), float32, "a peer, float32")
     assert must_agree(2e-2, float32, "a peer, bfloat16") == 2e-2
+    for other in (1.0, float("nan")):  # of other weights, or of none
+        with pytest.raises(SystemExit, match="expected at most 5e-01"):
+            must_agree(other, float32, "a peer, bfloat16")
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -87,6 +90,36 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert record.command == f"python -m benchmarks.unet_step {words}"
     assert torch.__version__.startswith(record.versions["torch"].partition("+")[0])
     assert not record.tiny and record.comparisons[0].wanted == 0.6
+
+
+@pytest.mark.parametrize("told", [["batch"], ["batch", "--set", "a=1", "--set", "b=2", "--tiny"]])
+def test_the_command_of_a_record_is_understood(tmp_path: Path, told: list[str]) -> None:
+    parser = options_parser("", ("peer",))
+    parser.add_argument("axis", choices=("batch",))
+    parser.add_argument("--set", action="append")
+    parser.add_argument("--values", type=int, nargs="+", default=[1, 2])
+    options = parser.parse_args([*told, "--output", str(tmp_path / "x.json")])
+    record = finish("growth", [comparison()], options, execution_of(options), axis="batch")
+    again = parser.parse_args(record.command.split()[3:])
+    assert vars(again) == {**vars(options), "output": None}
+
+
+def test_runs_that_were_told_different_things_are_different_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = options_parser("", ("peer",))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--guidance-interval", type=float, nargs=2)
+    for told in ([], ["--batch", "64"], ["--guidance-interval", "0.5", "5"], ["--tiny"]):
+        options = parser.parse_args(["--precision", "float32", *told])
+        finish("text_to_image", [comparison()], options, execution_of(options))
+    assert {path.stem for path in (tmp_path / "runs" / "performance").iterdir()} == {
+        "text-to-image-peer-float32-batch-1",
+        "text-to-image-peer-float32-batch-64",
+        "text-to-image-peer-float32-batch-1-guidance-interval-0.5-5.0",
+        "text-to-image-peer-float32-tiny-batch-1",
+    }
 
 
 def test_what_is_aimed_at_is_not_for_rehearsals(tmp_path: Path) -> None:

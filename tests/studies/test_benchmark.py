@@ -6,14 +6,17 @@ import pytest
 import torch
 from tiny_pipelines import CONDITIONERS, kl, model
 
+from mezzotint.checkpoints.decoders import LoadedDecoder
 from mezzotint.device import select_precision
 from mezzotint.generation.pipeline import Pipeline, load
+from mezzotint.models.small_decoder import SmallDecoder, SmallDecoderConfig
 from mezzotint.studies.benchmark import (
     Benchmark,
     example_fields,
     random_pipeline,
     run_benchmark,
 )
+from mezzotint.studies.speed import count_flops
 
 CPU = torch.device("cpu")
 
@@ -62,6 +65,22 @@ def test_every_model_can_be_asked(condition: str) -> None:
     pipeline = Pipeline(model(CONDITIONERS[condition](), first_stage), execution, condition)
     (drawn,) = pipeline.generate(**example_fields(pipeline), steps=1)
     assert drawn.image.size == (16, 16)
+
+
+def test_a_small_decoder_is_measured_in_place_of_the_models_own() -> None:
+    small = SmallDecoder(SmallDecoderConfig(latent_channels=3, width=8, blocks=(1, 1))).eval()
+    pipeline = Pipeline(
+        model(CONDITIONERS["classes"](), kl()),
+        select_precision("float32", CPU),
+        "small",
+        decoder=LoadedDecoder(small, Path("small"), "0" * 64),
+    )
+    found = run_benchmark(pipeline, steps=1, calls=1)
+    _, decoding, _ = found.timings
+    assert decoding.flops == count_flops(
+        lambda: SmallDecoder(small.config), torch.zeros(1, 3, 8, 8)
+    )
+    assert {part.name: part.calls for part in found.parts}["decoder"] == 1
 
 
 def test_a_random_model_is_loaded_as_any_other() -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tools.train_shipped import programme as programme_module
-from tools.train_shipped.__main__ import main, seconds_of
+from tools.train_shipped.__main__ import main, seconds_of, standing
 from tools.train_shipped.carry import carry_in, carry_out
 from tools.train_shipped.programme import (
     Programme,
@@ -248,3 +248,57 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert select_device("cpu") == CPU
     with pytest.raises(ConfigError, match="--budget 0m"):
         seconds_of("0m")
+
+
+def test_what_could_not_go_on_elsewhere_is_not_carried(tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    averages = {"kind": "power", "sigma_rel": [0.05, 0.1]}
+    codes = {**AUTOENCODER["model"], "kind": "vq", "codebook_size": 16}
+    several: tuple[dict[str, Any], ...] = (
+        {"ema_decay": None},
+        {"ema_decay": None, "ema": averages},
+        {"model": codes, "normalization": "scalar"},
+    )
+    for number, changes in enumerate(several):
+        recipe = {**AUTOENCODER, **changes}
+        (folder / "autoencoder.yaml").write_text(yaml.safe_dump(recipe))
+        programme = Programme("tiny", folder, tmp_path / f"work-{number}")
+        train(programme, 1)
+        with pytest.raises(TrainingError, match="only weights with one average travel"):
+            carry_out(programme, tmp_path / "carried")
+
+
+def test_what_is_carried_keeps_what_was_done_here_of_other_stages(
+    plan: Path, whole: Programme, tmp_path: Path
+) -> None:
+    there, here = (Programme("tiny", plan, tmp_path / name) for name in ("there", "here"))
+    assert not train(here, 3)  # the autoencoder, and three steps of the other
+    shutil.copytree(whole.work / "autoencoder" / "half", there.work / "autoencoder" / "half")
+    train(there, 4)
+    carry_out(there, tmp_path / "carried")
+    carry_in(here, tmp_path / "carried")
+    told = [(piece.stage, piece.start, piece.end) for piece in pieces_of(here.work)]
+    assert told == [("autoencoder", 0, 3), ("text-to-image", 0, 4)]
+
+
+def test_what_was_carried_in_part_is_told(plan: Path, whole: Programme, tmp_path: Path) -> None:
+    there, here = (Programme("tiny", plan, tmp_path / name) for name in ("there", "here"))
+    shutil.copytree(whole.work / "autoencoder" / "half", there.work / "autoencoder" / "half")
+    train(there, 2)
+    carry_out(there, tmp_path / "carried")
+    place = tmp_path / "carried" / "text-to-image"
+    average = place / "average.safetensors"
+    average.write_bytes(average.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="text-to-image: what was carried is not whole"):
+        carry_in(here, tmp_path / "carried")
+    (place / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="not whole.*carry it out again"):
+        carry_in(here, tmp_path / "carried")
+
+
+def test_a_stage_that_ends_by_the_clock_has_a_standing(tmp_path: Path) -> None:
+    recipe = {**AUTOENCODER, "budget": {"max_minutes": 1}}
+    (tmp_path / "autoencoder.yaml").write_text(yaml.safe_dump(recipe))
+    programme = Programme("tiny", tmp_path, tmp_path / "work")
+    assert standing(programme) == ["tiny, autoencoder: step 0"]

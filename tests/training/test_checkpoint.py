@@ -1,14 +1,18 @@
 """Checkpoints are whole or not at all."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mezzotint.errors import CheckpointError
 from mezzotint.training.checkpoint import (
+    Checkpoint,
     flatten_optimizer,
     list_checkpoints,
     newest_checkpoint,
     restore_optimizer,
+    restore_or_begin,
     save_checkpoint,
 )
 
@@ -115,3 +119,18 @@ def test_optimizer_state_continues_exactly():
     restore_optimizer(resumed, flatten_optimizer(optimizer))
     run(4, resumed, second, start=6)
     assert torch.equal(whole, second)
+
+
+def test_an_optimizer_that_begins_anew_forgets_what_it_had():
+    """A run that goes back to weights that were carried has the moments that made it go back."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.grad = torch.full((3,), torch.nan)
+    optimizer.step()
+    assert restore_or_begin(optimizer, Checkpoint(4, {}, {}, Path("carried"))) == 4
+    assert flatten_optimizer(optimizer) == {}
+    with torch.no_grad():
+        parameter.zero_()
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(parameter, torch.full((3,), -0.1))

@@ -272,3 +272,14 @@ def test_counting_a_step_leaves_it_as_it_is():
     with FlopCounterMode(display=False) as theirs:
         work()
     assert flops == theirs.get_total_flops() > 100_000
+
+
+def test_the_time_ends_the_training_of_the_first_stage_too(tiny, tmp_path):
+    first = tiny.write(tmp_path / "first.yaml", "autoencoder", budget={"max_steps": 3})
+    stage = {"kind": "trained", "recipe": str(first)}
+    recipe, run = tiny.diffusion(first_stage=stage, budget={"max_steps": 2}), tmp_path / "run"
+    tiny.train(recipe, run, stop_minutes=0.0)
+    assert not (run / "first_stage" / "model").exists() and not (run / "checkpoints").exists()
+    assert "stopped before the first stage was trained" in (run / "log.txt").read_text()
+    tiny.train(recipe, run, resume=True)
+    assert (run / "model" / "model_index.json").is_file()

@@ -41,8 +41,8 @@ def standing(programme: Programme) -> list[str]:
     lines: list[str] = []
     for stage in programme.stages:
         run, most = programme.work / stage, programme.recipe(stage).budget.max_steps
-        done = "finished" if is_finished(run) else f"step {steps_done(run):,} of {most:,}"
-        lines.append(f"{programme.model}, {stage}: {done}")
+        done = f"step {steps_done(run):,}" + (f" of {most:,}" if most is not None else "")
+        lines.append(f"{programme.model}, {stage}: {'finished' if is_finished(run) else done}")
     return lines
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mezzotint.config import to_yaml
@@ -20,6 +21,7 @@ from mezzotint.storage.safetensors_file import narrowed
 from mezzotint.training.checkpoint import newest_checkpoint, save_checkpoint
 from tools.train_shipped.programme import (
     HALF,
+    STAGES,
     Programme,
     is_finished,
     pieces_of,
@@ -61,9 +63,13 @@ def _write_average(run: Path, place: Path) -> None:
     assert checkpoint is not None
     tensors = checkpoint.tensors
     group = next(name for name in _WEIGHTS if name in tensors)
-    if "discriminator" in tensors or "ema" not in tensors:
+    averages = tensors.get("ema", {}).keys() - {"updates"}
+    # one average of these weights, and nothing else that has a state: a discriminator, a codebook
+    alone = tensors.keys() <= {group, "ema", "optimizer"}
+    if not (alone and averages and averages <= tensors[group].keys()):
         raise TrainingError(
-            f"{run}: only averaged weights travel, and no discriminator; go on where its state is"
+            f"{run}: only weights with one average travel, and no discriminator or codebook; go on"
+            " where its state is"
         )
     average = {name: tensors["ema"].get(name, t) for name, t in tensors[group].items()}
     half = {
@@ -92,7 +98,8 @@ def carry_in(programme: Programme, folder: Path) -> None:
         folder: That was carried.
 
     Raises:
-        CheckpointError: If nothing was carried, or a newer Mezzotint wrote it.
+        CheckpointError: If nothing was carried, it is not whole, or a newer Mezzotint
+            wrote it.
     """
     if not pieces_of(folder):
         raise CheckpointError(f"{folder}: nothing was carried here; expected history.json in it")
@@ -102,21 +109,31 @@ def carry_in(programme: Programme, folder: Path) -> None:
             continue
         if is_finished(place):
             run.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(place / HALF, run / HALF)
+            temporary = run / f".{HALF}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(place / HALF, temporary)
+            temporary.replace(run / HALF)
         elif not _read_average(programme, stage, place):
             continue
-        record(programme.work, pieces_of(folder))
+        others = [piece for piece in pieces_of(programme.work) if piece.stage != stage]
+        theirs = [piece for piece in pieces_of(folder) if piece.stage == stage]
+        record(programme.work, sorted([*others, *theirs], key=lambda p: STAGES.index(p.stage)))
 
 
 def _read_average(programme: Programme, stage: str, place: Path) -> bool:
     """Make a checkpoint without an optimizer of what was carried; returns whether it is further."""
     run = programme.work / stage
-    state = json.loads((place / _STATE).read_text())
-    if state["format_version"] > _FORMAT:
-        raise CheckpointError(f"{place}: written by a newer Mezzotint; upgrade Mezzotint")
-    if state["step"] <= steps_done(run):
-        return False
-    half = safetensors.torch.load_file(place / _AVERAGE)
+    try:
+        state = json.loads((place / _STATE).read_text())
+        if state["format_version"] > _FORMAT:
+            raise CheckpointError(f"{place}: written by a newer Mezzotint; upgrade Mezzotint")
+        if state["step"] <= steps_done(run):
+            return False
+        half = safetensors.torch.load_file(place / _AVERAGE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{place}: what was carried is not whole: {error}; carry it out again"
+        ) from None
     weights = {n: t.float() if t.is_floating_point() else t for n, t in half.items()}
     average: dict[str, Tensor] = {n: t for n, t in weights.items() if t.is_floating_point()}
     average["updates"] = torch.tensor(state["updates"])

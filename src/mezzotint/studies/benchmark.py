@@ -27,6 +27,7 @@ from mezzotint.generation.request import LayoutBox
 from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig, IdentityFirstStage
 from mezzotint.models.encoder_decoder import Decoder
+from mezzotint.models.small_decoder import SmallDecoder
 from mezzotint.models.unet import UNet, UNetConfig
 from mezzotint.studies.machine import Machine, this_machine
 from mezzotint.studies.speed import count_flops, peak_flops, seconds_of, synchronize
@@ -273,7 +274,7 @@ def _watched(pipeline: Pipeline) -> Generator[dict[str, _Watch]]:
     model = pipeline.model
     parts: dict[str, nn.Module] = {"condition": model.conditioner, "unet": model.unet}
     if not isinstance(model.first_stage, IdentityFirstStage):
-        parts |= {"encoder": model.first_stage.encoder, "decoder": model.first_stage.decoder}
+        parts |= {"encoder": model.first_stage.encoder, "decoder": _decoder_of(pipeline)}
     watches = {name: _Watch(pipeline.execution.device) for name in parts}
     with ExitStack() as stack:
         for name, part in parts.items():
@@ -296,11 +297,24 @@ def _step(pipeline: Pipeline, seen: _Watch, peak: float, calls: int) -> Timing:
     return _timed(pipeline, lambda: unet(x, t, **named), what, flops, peak, calls)
 
 
-def _decoding(pipeline: Pipeline, seen: _Watch, peak: float, calls: int) -> Timing:
+def _decoder_of(pipeline: Pipeline) -> Decoder | SmallDecoder:
+    """The one that draws: the model's own, or the small one in its place."""
     first_stage = pipeline.model.first_stage
     assert not isinstance(first_stage, IdentityFirstStage)
-    (z,), decoder, config = seen.inputs, first_stage.decoder, first_stage.config
-    flops = count_flops(lambda: Decoder(config), z)
+    return first_stage.decoder if pipeline.decoder is None else pipeline.decoder.decoder
+
+
+def _decoding(pipeline: Pipeline, seen: _Watch, peak: float, calls: int) -> Timing:
+    first_stage, decoder, (z,) = pipeline.model.first_stage, _decoder_of(pipeline), seen.inputs
+    assert not isinstance(first_stage, IdentityFirstStage)
+    of_own = first_stage.config
+
+    def build() -> nn.Module:
+        return (
+            SmallDecoder(decoder.config) if isinstance(decoder, SmallDecoder) else Decoder(of_own)
+        )
+
+    flops = count_flops(build, z)
     height, width = (side * first_stage.factor for side in z.shape[2:])
     what = f"decoding, {z.shape[0]} x {width} x {height}"
     return _timed(pipeline, lambda: decoder(z), what, flops, peak, calls)

@@ -346,7 +346,8 @@ def restore_or_begin(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -
         Steps done when the optimizer began without moments.
     """
     tensors = checkpoint.tensors.get("optimizer")
+    # none are restored too: a run that goes back has moments, of what it goes back from
+    restore_optimizer(optimizer, tensors or {})
     if tensors is None:
         return checkpoint.step
-    restore_optimizer(optimizer, tensors)
     return int(checkpoint.values.get("begun", 0))

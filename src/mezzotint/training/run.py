@@ -1,20 +1,18 @@
 """From a recipe to a run folder with a trained model in it."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
 from mezzotint.checkpoints.model import load_first_stage
-from mezzotint.config import apply_overrides, read_yaml, to_yaml
+from mezzotint.config import apply_overrides, read_yaml
 from mezzotint.data import ShardStream
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, keep_freed_memory, select_device, select_precision
@@ -28,6 +26,7 @@ from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.caching import cache_sentences, open_latent_cache
 from mezzotint.training.callbacks import Callback, SampleSheets
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
+from mezzotint.training.claim import claim
 from mezzotint.training.conditions import check_data, check_degradation
 from mezzotint.training.decoder import DecoderTask
 from mezzotint.training.decoder_recipe import DecoderRecipe
@@ -40,7 +39,7 @@ from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.first_stage import stored_first_stage
 from mezzotint.training.health import Health
 from mezzotint.training.initial import begin_from
-from mezzotint.training.log import WANDB_ID, RunLog
+from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
 from mezzotint.training.parts import (
@@ -63,8 +62,6 @@ _KINDS: dict[str, type[Recipe]] = {
     "distill": DistillRecipe,
     "decoder": DecoderRecipe,
 }
-# what may differ between a run and its continuation without making it another run
-_CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
 
 
 def recipe_names() -> list[str]:
@@ -141,8 +138,8 @@ def train(
     if execution.device.type == "cpu":
         keep_freed_memory()
     with join_ranks(execution.device) as ranks:
-        setting = _Setting(execution, ranks, resume, console or Console())
-        _train(recipe, folder, setting, stop_after, stop_at)
+        setting = _Setting(execution, ranks, resume, console or Console(), stop_at)
+        _train(recipe, folder, setting, stop_after)
     return folder
 
 
@@ -154,6 +151,11 @@ class _Setting:
     ranks: Ranks
     resume: bool
     console: Console
+    stop_at: float | None
+
+
+class _FirstStageStopped(Exception):
+    """The time was up before the first stage was trained."""
 
 
 def execution_for(precision: str, device: torch.device) -> Execution:
@@ -169,14 +171,13 @@ def _train(
     folder: Path,
     setting: _Setting,
     stop_after: int | None = None,
-    stop_at: float | None = None,
 ) -> None:
     execution, ranks = setting.execution, setting.ranks
     _check_share(recipe, ranks)
     data = open_training_data(recipe.data, recipe.seed, recipe.batch_size)
     measurement = Measurement.of(recipe)
     if ranks.is_first:
-        _claim(folder, recipe, setting.resume)
+        claim(folder, recipe, setting.resume)
     ranks.wait()
     log: RunLog | None = None
     try:
@@ -210,8 +211,11 @@ def _train(
             checkpoint=checkpoint,
             ranks=ranks,
             stop_after=stop_after,
-            stop_at=stop_at,
+            stop_at=setting.stop_at,
         )
+    except _FirstStageStopped:
+        assert log is not None
+        log.event("stopped before the first stage was trained; go on with --resume")
     # safetensors raises an error of its own where a file cannot be written
     except (OSError, SafetensorError) as error:
         saved = list_checkpoints(folder / "checkpoints")
@@ -289,54 +293,6 @@ def _check_share(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run folder the recipe's, or refuse it."""
-    record = folder / "recipe.yaml"
-    if resume and not record.is_file():
-        raise TrainingError(f"{folder}: holds no run to go on with; check --output")
-    if resume:
-        stored = _KINDS[recipe.kind].from_dict(read_yaml(record), str(record))
-        different = _differences(stored.to_dict(), recipe.to_dict())
-        if different:
-            raise ConfigError(
-                f"{folder}: this run was begun with other values of {', '.join(different)};"
-                " go on with the same ones, or start anew with another --output"
-            )
-    elif _holds_run(folder) or _holds_run(folder / "first_stage"):
-        raise TrainingError(
-            f"{folder}: already holds a run; go on with it by --resume, or choose another --output"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for name in ("tokenizer.json", WANDB_ID):
-                (folder / name).unlink(missing_ok=True)
-        temporary = record.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(to_yaml(recipe), encoding="utf-8")
-        temporary.replace(record)
-    except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written: {error}") from None
-
-
-def _holds_run(folder: Path) -> bool:
-    there = any((folder / name).exists() for name in ("model", "best"))
-    return there or bool(list_checkpoints(folder / "checkpoints"))
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, those aside that may."""
-    different: list[str] = []
-    for key in sorted(stored.keys() | wanted.keys()):
-        if not prefix and key in _CHANGEABLE:
-            continue
-        mine, theirs = stored.get(key), wanted.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            different += _differences(mine, theirs, f"{prefix}{key}.")
-        elif mine != theirs:
-            different.append(f"{prefix}{key}")
-    return different
-
-
 def _diffusion_task(
     recipe: DiffusionRecipe, data: TrainingData, folder: Path, setting: _Setting, log: RunLog
 ) -> DiffusionTask:
@@ -405,4 +361,6 @@ def _first_stage(
     execution = execution_for(first.precision, setting.execution.device)
     _train(first, stage, replace(setting, resume=resume, execution=execution))
     setting.ranks.wait()  # for the first, which writes it
+    if not (stage / "model" / "vae" / "config.json").is_file():
+        raise _FirstStageStopped
     return load_first_stage(stage / "model" / "vae")
