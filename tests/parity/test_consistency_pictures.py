@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from benchmarks.public_checkpoints import liven
+from benchmarks.random_models import liven
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from reference_pipelines import (
