@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_pipelines import CONDITIONERS, bert, clip, edit, inpainting, kl, model
 
+from mezzotint.checkpoints.inspect import inspect_model
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import read_model
@@ -139,6 +140,8 @@ def test_students_say_how_they_are_sampled(tmp_path: Path, kind: str) -> None:
     edit(tmp_path / "model_index.json", _sampling={"stride": 2})
     with pytest.raises(CheckpointError, match="model_index.json: _sampling: .*'stride'"):
         load_any(tmp_path)
+    [problem] = inspect_model(tmp_path).problems
+    assert "'stride'" in problem
 
 
 def test_a_student_that_its_pipeline_would_not_tell_the_guidance(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mezzotint.checkpoints.model import (
     read_normalization,
 )
 from mezzotint.checkpoints.pipeline_table import (
+    SAMPLING,
     PipelineLayout,
     class_of,
     find_pipeline,
@@ -170,6 +171,8 @@ def _check_unknown(report: FolderReport, index: Mapping[str, Any]) -> None:
 
 def _check_pipeline(report: FolderReport, index: Mapping[str, Any], layout: PipelineLayout) -> None:
     folder = report.folder
+    with report.noting():
+        read_defaults(index, folder / INDEX, SAMPLING)
     with report.noting():
         kind = class_of(index, "scheduler", folder)
         path = folder / "scheduler" / FILE

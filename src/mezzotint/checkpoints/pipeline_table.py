@@ -12,12 +12,15 @@ from mezzotint.errors import CheckpointError, nearest
 
 __all__ = [
     "PIPELINES",
+    "SAMPLING",
     "PipelineLayout",
     "class_of",
     "find_pipeline",
     "require_folder",
     "unused_components",
 ]
+
+SAMPLING = "_sampling"  # a key of the index: diffusers passes over those that begin so
 
 
 @dataclass(frozen=True, kw_only=True)

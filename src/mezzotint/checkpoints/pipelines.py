@@ -34,6 +34,7 @@ from mezzotint.checkpoints.model import (
 )
 from mezzotint.checkpoints.pipeline_table import (
     PIPELINES,
+    SAMPLING,
     PipelineLayout,
     class_of,
     find_pipeline,
@@ -79,7 +80,6 @@ __all__ = [
 
 _TOKENIZERS = {"text_encoder": "CLIPTokenizer", "bert": "BertTokenizer"}
 _VERSION = "0.35.0"  # of the layout that is written
-_SAMPLING = "_sampling"  # diffusers passes over keys that begin so
 _FIRST_SIZE = 64  # of Stable Diffusion's latents
 # what LDMTextToImagePipeline takes for granted
 _BERT_LENGTH, _BERT_FACTOR = 77, 8
@@ -124,7 +124,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype | None = torch.float32) ->
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     sampler = scheduler.defaults.sampler or layout.sampler
-    told = read_defaults(index, folder / INDEX, _SAMPLING)
+    told = read_defaults(index, folder / INDEX, SAMPLING)
     scale, steps = told.guidance_scale or layout.guidance_scale, told.steps or layout.steps
     return LoadedModel(
         model=model.eval(),
@@ -326,7 +326,7 @@ def save_pipeline(
         index["tokenizer"] = ["transformers", _TOKENIZERS[layout.encoder]]
     if layout.condition == "clip":
         index |= {part: [None, None] for part in _NOT_SAVED} | {"requires_safety_checker": False}
-    write_json(folder / INDEX, index | ({_SAMPLING: sampling} if sampling else {}))
+    write_json(folder / INDEX, index | ({SAMPLING: sampling} if sampling else {}))
     return lost
 
 
