@@ -183,6 +183,7 @@ def test_a_shipped_model_loads_and_draws_by_name(
     folder = ship(whole, tmp_path / "models")
     monkeypatch.setattr(shipped, "_FOLDER", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, folder.with_name(".tiny.tmp"))  # as it is while it is written
     assert shipped.shipped_names() == ["tiny"]
     assert resolve_model("tiny") == folder
     pipeline = mezzotint.load("tiny", device="cpu", precision="float32")

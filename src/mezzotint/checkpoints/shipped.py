@@ -14,7 +14,8 @@ _FOLDER = Path(str(resources.files("mezzotint").joinpath("assets", "models")))
 
 def shipped_names() -> list[str]:
     """Return the names of the models in the package."""
-    return sorted(sums.parent.name for sums in _FOLDER.glob(f"*/{SUMS}"))
+    names = (sums.parent.name for sums in _FOLDER.glob(f"*/{SUMS}"))
+    return sorted(name for name in names if not name.startswith("."))  # what is half written
 
 
 def find_shipped(name: str) -> Path | None:
