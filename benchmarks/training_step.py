@@ -48,8 +48,9 @@ from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from mezzotint.models.unet import UNet
 from mezzotint.studies.speed import count_flops
-from mezzotint.training.autoencoder import AutoencoderTask, to_pixels
+from mezzotint.training.autoencoder import AutoencoderTask
 from mezzotint.training.diffusion import DiffusionTask
+from mezzotint.training.pixel_task import to_pixels
 from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
 from mezzotint.training.run import load_recipe
 

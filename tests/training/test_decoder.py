@@ -7,12 +7,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.cli.main import app
+from mezzotint.data import open_data
+from mezzotint.device import select_device, select_precision
 from mezzotint.errors import ConfigError, RequestError, TrainingError
 from mezzotint.generation.metadata import read_request, write_image
 from mezzotint.generation.pipeline import load
 from mezzotint.generation.replay import replay
 from mezzotint.training import verify
+from mezzotint.training.checkpoint import newest_checkpoint, save_checkpoint
+from mezzotint.training.decoder import DecoderTask
 
 
 def psnr(run: Path) -> list[float]:
@@ -84,6 +89,33 @@ def test_a_stopped_run_is_gone_on_with(tiny, tmp_path, monkeypatch) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert same.tensors > 30 and same.numbers > 10_000
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_images_lie_as_the_weights_do(tiny, last: bool) -> None:
+    recipe = tiny.decoder(channels_last=last)
+    first_stage, normalization = load_first_stage(tiny.autoencoder_run / "model" / "vae")
+    execution = select_precision("float32", select_device("cpu"))
+    task = DecoderTask(recipe, first_stage, normalization, open_data(recipe.data), execution)
+    images, _ = task._samples(0)
+    task.batches.close()
+    assert images.is_contiguous(memory_format=torch.channels_last) is last
+
+
+def test_weights_without_moments_warm_up_anew(tiny, tmp_path: Path) -> None:
+    """As weights that travelled light do."""
+    rate = {"learning_rate": 1e-2, "warmup_steps": 3}
+    recipe = tiny.decoder(optimizer=rate, budget={"max_steps": 6}, run={"log_steps": 1})
+    run = tiny.train(recipe, tmp_path / "run", stop_after=4)
+    saved, _ = newest_checkpoint(run / "checkpoints")
+    assert saved is not None and saved.step == 4 and saved.values["begun"] == 0
+    light = {name: tensors for name, tensors in saved.tensors.items() if name != "optimizer"}
+    save_checkpoint(run / "checkpoints", saved.step, light, saved.values)
+    tiny.train(recipe, run, resume=True)
+    after, _ = newest_checkpoint(run / "checkpoints")
+    assert after is not None and after.step == 6 and after.values["begun"] == 4
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 6 and row["learning_rate"] == pytest.approx(1e-2 * 2 / 4)
 
 
 def test_another_autoencoder_or_other_images_are_refused(tiny, decoder_run, tmp_path) -> None:

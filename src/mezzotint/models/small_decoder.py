@@ -107,3 +107,10 @@ class SmallDecoder(nn.Module):
             ``(B, 3, f h, f w)``, about [-1, 1].
         """
         return self.layers(torch.tanh(latents / _LIMIT) * _LIMIT) * 2.0 - 1.0
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The last weight, whose gradients balance the adversarial loss."""
+        weight = self.layers[-1].weight
+        assert isinstance(weight, Tensor)
+        return weight

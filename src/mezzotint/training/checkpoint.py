@@ -37,6 +37,7 @@ __all__ = [
     "flatten_optimizer",
     "list_checkpoints",
     "newest_checkpoint",
+    "refuse_changed",
     "restore_optimizer",
     "restore_or_begin",
     "save_checkpoint",
@@ -351,3 +352,28 @@ def restore_or_begin(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -
     if tensors is None:
         return checkpoint.step
     return int(checkpoint.values.get("begun", 0))
+
+
+def refuse_changed(
+    checkpoint: Checkpoint,
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    words: Mapping[str, str],
+) -> None:
+    """Refuse to go on with other things than those that weights were trained on.
+
+    Args:
+        checkpoint: Is to be taken back.
+        saved: What it says that they were.
+        now: What they are.
+        words: What is compared, in this order, and what a user calls it.
+
+    Raises:
+        TrainingError: Naming the first that changed.
+    """
+    for name, word in words.items():
+        if saved.get(name) != now.get(name):
+            raise TrainingError(
+                f"{checkpoint.path}: {word} changed since this checkpoint was saved; put back what"
+                " there was, or start anew with another --output"
+            )

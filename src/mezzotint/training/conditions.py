@@ -23,8 +23,8 @@ from mezzotint.data.masks import MaskConfig, draw_mask
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.generation.conditions import inpainting_inputs
 from mezzotint.latent_diffusion import LatentDiffusion
-from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.orders import TrainingData
+from mezzotint.training.pixel_task import to_pixels
 
 __all__ = ["ConditionMaker", "Told", "check_data", "check_degradation"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
-from mezzotint.errors import TrainingError
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.pipeline import Pipeline
@@ -22,9 +21,13 @@ from mezzotint.latent_diffusion import LatentDiffusion, encode_moments, fingerpr
 from mezzotint.models.autoencoder import AutoencoderKL
 from mezzotint.models.regularizers import DiagonalGaussian
 from mezzotint.rng import SampleNoise, keyed_generator, mix
-from mezzotint.training.autoencoder import to_pixels
 from mezzotint.training.batches import Batches
-from mezzotint.training.checkpoint import Checkpoint, flatten_optimizer, restore_or_begin
+from mezzotint.training.checkpoint import (
+    Checkpoint,
+    flatten_optimizer,
+    refuse_changed,
+    restore_or_begin,
+)
 from mezzotint.training.conditions import ConditionMaker, Told
 from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.ema import ConstantEMAConfig, ExponentialMovingAverage
@@ -47,6 +50,7 @@ from mezzotint.training.orders import (
     stream_state,
 )
 from mezzotint.training.parallel import Parallel, gather_into, laid_out, load_whole, shard
+from mezzotint.training.pixel_task import to_pixels
 from mezzotint.training.previews import Preview, make_previews, preview_sheet, request_fields
 from mezzotint.training.ranks import ALONE, Ranks, positions_of
 from mezzotint.training.recipe import DiffusionRecipe
@@ -286,18 +290,13 @@ class DiffusionTask:
         Raises:
             TrainingError: If the first stage or the data are not those of the checkpoint.
         """
-        saved = checkpoint.values["inputs"]
-        for name, words in (
-            ("first_stage", "the autoencoder, or the statistics of its latents,"),
-            ("classes", "the classes of the data"),
-            ("data", "the images, or what is said of them,"),
-            ("base", "the base model"),
-        ):
-            if saved.get(name) != self.inputs.get(name):
-                raise TrainingError(
-                    f"{checkpoint.path}: {words} changed since this checkpoint was saved; put them"
-                    " back as they were, or start anew with another --output"
-                )
+        words = {
+            "first_stage": "the autoencoder, or the statistics of its latents,",
+            "classes": "the classes of the data",
+            "data": "the images, or what is said of them,",
+            "base": "the base model",
+        }
+        refuse_changed(checkpoint, checkpoint.values["inputs"], self.inputs, words)
         self.steps = checkpoint.step
         load_stream_state(self.data, checkpoint.values)
         tensors = checkpoint.tensors

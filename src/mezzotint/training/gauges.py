@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -19,6 +20,7 @@ __all__ = [
     "latent_gauges",
     "noise_gauges",
     "peak_flops",
+    "picture_gauges",
     "usage_gauges",
     "worse_gauge",
 ]
@@ -57,6 +59,22 @@ def noise_gauges(losses: Tensor, level: Tensor) -> dict[str, Tensor]:
 def worse_gauge(error: Tensor, of_nothing: Tensor) -> Tensor:
     """Return 1 where an error is more than twice that of predicting nothing, else 0; a scalar."""
     return (error > 2.0 * of_nothing.clamp(min=_LEAST_POWER)).to(error.dtype)
+
+
+@torch.no_grad()
+def picture_gauges(fake: Tensor, wanted: Tensor, images: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Return how near pictures come to others, ``psnr`` in dB among it, and gauges of latents.
+
+    Args:
+        fake: ``(B, 3, H, W)`` in about -1..1.
+        wanted: What they shall be, in -1..1.
+        images: What is trained on, whose mean square is the error of making nothing of it.
+        z: ``(B, C, h, w)``.
+    """
+    told = {"error": F.mse_loss(fake, wanted), "power": images.square().mean()}
+    told["worse_than_nothing"] = worse_gauge(told["error"], told["power"])
+    told["psnr"] = -10.0 * torch.log10(told["error"] / 4.0)
+    return told | latent_gauges(z)
 
 
 def usage_gauges(usage: Tensor) -> dict[str, float]:
