@@ -110,3 +110,12 @@ def test_other_shards_cannot_continue_a_run(tiny, shards, tmp_path):
         tiny.train(make(4), run, resume=True)
     moved.rename(shards / "00002.tar")
     tiny.train(make(4), run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("finetune", "fine-tuning"), ("distill", "distillation")]
+)
+def test_what_goes_on_from_a_model_refuses_a_stream(tiny, shards, tmp_path, kind, what):
+    recipe = getattr(tiny, kind)(tmp_path / "no model", data=data(shards))
+    with pytest.raises(ConfigError, match=f"data.stream: {what} wants data with an index"):
+        tiny.train(recipe, tmp_path / "run")

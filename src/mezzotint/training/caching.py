@@ -15,7 +15,10 @@ from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.ranks import Ranks
 from mezzotint.training.recipe import DiffusionRecipe
 
-__all__ = ["cache_folder", "cache_sentences", "open_latent_cache", "open_text_cache"]
+__all__ = ["Encode", "cache_folder", "cache_sentences", "open_latent_cache", "open_text_cache"]
+
+Encode = Callable[[ImageData, FirstStage, LatentNormalization], LatentCache | None]
+"""From data, first stage and statistics to the cache of latents, or to none if none is wanted."""
 
 
 def cache_folder(recipe: DiffusionRecipe | FinetuneRecipe | DistillRecipe, folder: Path) -> Path:

@@ -1,39 +1,28 @@
 """Distilling a student of few steps from a trained model."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mezzotint.checkpoints.folder import read_json
 from mezzotint.checkpoints.loaded import SamplingDefaults
-from mezzotint.checkpoints.model import CLASS, save_model
-from mezzotint.checkpoints.pipelines import save_pipeline
-from mezzotint.checkpoints.registry import INDEX, resolve_model
-from mezzotint.data import ShardStream
-from mezzotint.data.base import ImageData
-from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution
-from mezzotint.errors import ConfigError
-from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
+from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.models.unet import UNet
 from mezzotint.rng import mix
-from mezzotint.training.base_model import load_base
+from mezzotint.training.caching import Encode
 from mezzotint.training.consistency_loss import ConsistencyLoss
 from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.ema import ExponentialMovingAverage
-from mezzotint.training.fitting import cached_texts, check_fits
+from mezzotint.training.fitting import cached_texts, open_base
 from mezzotint.training.log import RunLog
 from mezzotint.training.orders import TrainingData
 from mezzotint.training.ranks import Ranks
-from mezzotint.training.trained import Trained
+from mezzotint.training.trained import Trained, stored_like
 
 __all__ = ["distill_task", "student_of"]
-
-Encode = Callable[[ImageData, FirstStage, LatentNormalization], LatentCache | None]
 
 
 def distill_task(
@@ -61,13 +50,8 @@ def distill_task(
         ConfigError: If the recipe does not fit it.
         DataError: If the data lack what it is told.
     """
-    if isinstance(data, ShardStream):
-        raise ConfigError("data.stream: distillation wants data with an index; set it to false")
-    loaded = load_base(recipe.teacher)
-    for note in loaded.notes:
-        log.event(note)
+    loaded, data = open_base(recipe, data, log)
     base, model = loaded.content_hash(), loaded.model
-    check_fits(recipe, "teacher", recipe.teacher, model, data)
     model.image_size = (recipe.data.resolution, recipe.data.resolution)
     first_stage = model.first_stage.to(execution.device)
     cache = encode(data, first_stage, model.normalization)
@@ -76,11 +60,15 @@ def distill_task(
     torch.manual_seed(mix(recipe.seed, 0x1217))
     guided = model.conditioner.wants is not None
     model.unet = student_of(teacher, recipe.guidance_embed_dim if guided else None)
+    defaults = SamplingDefaults(
+        sampler="lcm", guidance_scale=recipe.guidance_scale, steps=recipe.sample_steps
+    )
 
     def choose(model: LatentDiffusion) -> Trained:
         model.conditioner.requires_grad_(False)
         group = tuple(model.unet.parameters()), recipe.optimizer.learning_rate
-        return Trained(nn.ModuleDict({"unet": model.unet}), (group,), _export(recipe), "lcm")
+        export = stored_like(recipe.teacher, defaults)
+        return Trained(nn.ModuleDict({"unet": model.unet}), (group,), export, "lcm")
 
     def objective(
         model: LatentDiffusion, _: nn.Module, average: ExponentialMovingAverage
@@ -118,17 +106,3 @@ def student_of(teacher: UNet, guidance_embed_dim: int | None) -> UNet:
         weights["time_embedding.cond_proj.weight"] = projection.weight.detach()
     student.load_state_dict(weights)
     return student.requires_grad_(True)
-
-
-def _export(recipe: DistillRecipe) -> Callable[[LatentDiffusion, Path], None]:
-    """Write the student as its teacher lies on the disk."""
-    index = resolve_model(Path(recipe.teacher.model).expanduser()) / INDEX
-    own = index.is_file() and read_json(index).get("_class_name") == CLASS
-    defaults = SamplingDefaults(
-        sampler="lcm", guidance_scale=recipe.guidance_scale, steps=recipe.sample_steps
-    )
-
-    def export(model: LatentDiffusion, folder: Path) -> None:
-        (save_model if own else save_pipeline)(model, folder, defaults=defaults)
-
-    return export

@@ -1,45 +1,35 @@
 """Training a trained model further: all of it, a LoRA, or a new word; never its autoencoder."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from mezzotint.checkpoints.folder import read_json
 from mezzotint.checkpoints.loaded import SamplingDefaults
-from mezzotint.checkpoints.model import CLASS, save_model
-from mezzotint.checkpoints.pipelines import save_pipeline
-from mezzotint.checkpoints.registry import INDEX, resolve_model
 from mezzotint.conditioning.base import Conditioner
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import (
     main_conditioner,
 )
-from mezzotint.data import ShardStream
-from mezzotint.data.base import ImageData
-from mezzotint.data.latents import LatentCache
 from mezzotint.data.texts import TextCache
 from mezzotint.device import Execution
 from mezzotint.errors import ConfigError
-from mezzotint.latent_diffusion import FirstStage, LatentDiffusion, LatentNormalization
-from mezzotint.training.base_model import load_base
+from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.training.batches import DataOrder
+from mezzotint.training.caching import Encode
 from mezzotint.training.diffusion import DiffusionTask
 from mezzotint.training.finetune_data import CaptionedData, Pairs, WithPrior
 from mezzotint.training.finetune_recipe import FinetuneRecipe
-from mezzotint.training.fitting import cached_texts, check_fits
+from mezzotint.training.fitting import cached_texts, open_base
 from mezzotint.training.inversion import add_token
 from mezzotint.training.log import RunLog
 from mezzotint.training.lora import add_lora
 from mezzotint.training.orders import TrainingData, build_order
 from mezzotint.training.prior import draw_prior
 from mezzotint.training.ranks import Ranks
-from mezzotint.training.trained import Trained
+from mezzotint.training.trained import Trained, stored_like
 
 __all__ = ["finetune_task"]
-
-Encode = Callable[[ImageData, FirstStage, LatentNormalization], LatentCache | None]
 
 
 def finetune_task(
@@ -67,14 +57,10 @@ def finetune_task(
         ConfigError: If the recipe does not fit it.
         DataError: If the data lack what it is told.
     """
-    if isinstance(data, ShardStream):
-        raise ConfigError("data.stream: fine-tuning wants data with an index; set it to false")
-    loaded = load_base(recipe.base)
-    for note in loaded.notes:
-        log.event(note)
+    loaded, data = open_base(recipe, data, log)
     base, model = loaded.content_hash(), loaded.model
     side = recipe.data.resolution
-    _check(recipe, model, data)
+    _check(recipe, model)
     if (side, side) != model.image_size:
         height, width = model.image_size
         log.event(f"the base model was trained at {width} x {height} pixels, this is {side}")
@@ -101,9 +87,8 @@ def finetune_task(
     return task(recipe, model, data, cache, execution, ranks, tokens=texts)
 
 
-def _check(recipe: FinetuneRecipe, model: LatentDiffusion, data: ImageData) -> None:
-    """Refuse what does not fit the base model."""
-    check_fits(recipe, "base", recipe.base, model, data)
+def _check(recipe: FinetuneRecipe, model: LatentDiffusion) -> None:
+    """Refuse what of fine-tuning alone does not fit the base model."""
     if recipe.prior is not None and model.conditioner.wants != "caption":
         raise ConfigError(
             f"prior: is for models that want a prompt; this one wants"
@@ -138,13 +123,7 @@ def _choose(model: LatentDiffusion, recipe: FinetuneRecipe, defaults: SamplingDe
         (tuple(p for p in part.parameters() if p.requires_grad), rates[name])
         for name, part in trained.items()
     )
-    index = resolve_model(Path(recipe.base.model).expanduser()) / INDEX
-    own = index.is_file() and read_json(index).get("_class_name") == CLASS
-
-    def export(model: LatentDiffusion, folder: Path) -> None:
-        (save_model if own else save_pipeline)(model, folder, defaults=defaults)
-
-    return Trained(nn.ModuleDict(trained), groups, export)
+    return Trained(nn.ModuleDict(trained), groups, stored_like(recipe.base, defaults))
 
 
 def _unread(main: Conditioner) -> tuple[str, ...]:

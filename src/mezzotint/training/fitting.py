@@ -1,7 +1,8 @@
-"""Whether a trained model, the data and a recipe that goes on from it fit one another."""
+"""The trained model that a recipe goes on from, and whether it, data and recipe fit together."""
 
 from pathlib import Path
 
+from mezzotint.checkpoints.loaded import LoadedModel
 from mezzotint.conditioning.base import Conditioner
 from mezzotint.conditioning.bert import BertTextConditioner
 from mezzotint.conditioning.classes import ClassConditioner
@@ -13,21 +14,52 @@ from mezzotint.conditioning.spatial import (
     main_conditioner,
     spatial_conditioner,
 )
+from mezzotint.data import ShardStream
 from mezzotint.data.base import ImageData
 from mezzotint.data.texts import TextCache, all_captions
 from mezzotint.device import Execution
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.latent_diffusion import LatentDiffusion
-from mezzotint.training.base_model import BaseModelConfig
+from mezzotint.training.base_model import load_base
 from mezzotint.training.caching import cache_sentences, open_text_cache
 from mezzotint.training.conditions import check_degradation
 from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.log import RunLog
+from mezzotint.training.orders import TrainingData
 from mezzotint.training.parts import check_buckets
 from mezzotint.training.ranks import Ranks
 
-__all__ = ["cached_texts", "check_fits"]
+__all__ = ["cached_texts", "open_base"]
+
+
+def open_base(
+    recipe: FinetuneRecipe | DistillRecipe, data: TrainingData, log: RunLog
+) -> tuple[LoadedModel, ImageData]:
+    """Read the model that a recipe goes on from, and tell what was guessed of it.
+
+    Args:
+        recipe: Says which, and what becomes of it.
+        data: The images and what is said of them.
+        log: Where guesses are told.
+
+    Returns:
+        The model, and the data, which have an index.
+
+    Raises:
+        CheckpointError: If there is no such model, or it is damaged.
+        ConfigError: If the recipe does not fit it.
+        DataError: If the data lack what it is told.
+    """
+    distilled = isinstance(recipe, DistillRecipe)
+    if isinstance(data, ShardStream):
+        what = "distillation" if distilled else "fine-tuning"
+        raise ConfigError(f"data.stream: {what} wants data with an index; set it to false")
+    loaded = load_base(recipe.teacher if distilled else recipe.base)
+    for note in loaded.notes:
+        log.event(note)
+    _check_fits(recipe, loaded.model, data)
+    return loaded, data
 
 
 def cached_texts(
@@ -65,26 +97,10 @@ def cached_texts(
     return cache
 
 
-def check_fits(
-    recipe: FinetuneRecipe | DistillRecipe,
-    key: str,
-    base: BaseModelConfig,
-    model: LatentDiffusion,
-    data: ImageData,
+def _check_fits(
+    recipe: FinetuneRecipe | DistillRecipe, model: LatentDiffusion, data: ImageData
 ) -> None:
-    """Refuse what does not fit the model that a recipe goes on from.
-
-    Args:
-        recipe: What to train.
-        key: What the recipe calls the model.
-        base: Where it is.
-        model: The model.
-        data: The images and what is said of them.
-
-    Raises:
-        ConfigError: If the recipe does not fit it.
-        DataError: If the data lack what it is told.
-    """
+    """Refuse what does not fit the model that a recipe goes on from."""
     factor = model.first_stage.factor
     if recipe.data.resolution % factor:
         raise ConfigError(
@@ -98,6 +114,8 @@ def check_fits(
             " squares; leave them out"
         )
     if model.unet.config.guidance_embed_dim is not None:
+        distilled = isinstance(recipe, DistillRecipe)
+        key, base = ("teacher", recipe.teacher) if distilled else ("base", recipe.base)
         raise ConfigError(
             f"{key}: {base.model} was distilled to be told its guidance, of which the data"
             " say nothing; use the model that it was distilled from"
