@@ -13,8 +13,7 @@ from mezzotint.latent_diffusion import LatentDiffusion, run_unet
 from mezzotint.models.unet import UNet
 from mezzotint.training.distill_recipe import DistillRecipe
 from mezzotint.training.ema import ExponentialMovingAverage
-from mezzotint.training.gauges import latent_gauges, noise_gauges, worse_gauge
-from mezzotint.training.objective import Objective
+from mezzotint.training.objective import Objective, told_of
 
 __all__ = ["ConsistencyLoss"]
 
@@ -77,13 +76,8 @@ class ConsistencyLoss(Objective):
                 wanted = self._end(self._averaged, below, lower, scale, cond)
             found = self._end(self.model.unet, x, sigma, scale, cond)
         losses = pseudo_huber(found, wanted, self.recipe.huber_c)
-        with torch.no_grad():
-            told = noise_gauges(losses, t / schedule.num_train_timesteps)
-            told |= latent_gauges(z)
-            silent = pseudo_huber(torch.zeros_like(wanted), wanted, self.recipe.huber_c)
-            told["loss_of_zero"] = silent.mean()
-            told["worse_than_nothing"] = worse_gauge(losses.mean(), told["loss_of_zero"])
-        return (losses if weights is None else losses * weights).mean(), told
+        of_zero = pseudo_huber(torch.zeros_like(wanted), wanted, self.recipe.huber_c)
+        return told_of(losses, of_zero, t / schedule.num_train_timesteps, z, weights)
 
     def _end(
         self,

@@ -1,5 +1,7 @@
 """What a step of training in latent space minimises, and what is told of it."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from mezzotint.training.finetune_recipe import FinetuneRecipe
 from mezzotint.training.gauges import latent_gauges, noise_gauges, worse_gauge
 from mezzotint.training.recipe import DiffusionRecipe
 
-__all__ = ["DiffusionLoss", "Objective"]
+__all__ = ["DiffusionLoss", "Objective", "told_of"]
 
 
 class Objective(nn.Module):
@@ -42,6 +44,25 @@ class Objective(nn.Module):
             weights: ``(B,)``, of the samples.
         """
         raise NotImplementedError
+
+
+def told_of(
+    losses: Tensor, of_zero: Tensor, level: Tensor, z: Tensor, weights: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean loss of a batch, a scalar, and gauges of it.
+
+    Args:
+        losses: ``(B,)``.
+        of_zero: ``(B,)``, those of predicting nothing: what there is to explain.
+        level: ``(B,)`` in [0, 1), the share of the schedule's times that have less noise.
+        z: ``(B, C, h, w)`` normalised latents.
+        weights: ``(B,)``, of the samples.
+    """
+    with torch.no_grad():
+        told = noise_gauges(losses, level) | latent_gauges(z)
+        told["loss_of_zero"] = of_zero.mean()
+        told["worse_than_nothing"] = worse_gauge(losses.mean(), told["loss_of_zero"])
+    return (losses if weights is None else losses * weights).mean(), told
 
 
 class DiffusionLoss(Objective):
@@ -78,39 +99,18 @@ class DiffusionLoss(Objective):
         drop: list[Tensor],
         weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of a batch and gauges of it; ``drawn`` are times ``(B, 1)``."""
-        model, recipe, t = self.model, self.recipe, drawn[:, 0]
+        """Return the mean loss of a batch and gauges of it; see `Objective.forward`."""
+        model, schedule, t = self.model, self.model.schedule, drawn[:, 0]
+        weighting, deviation = self.recipe.weighting, self.recipe.deviation
+        measure = partial(diffusion_loss, weighting=weighting, deviation=deviation)
         with autocast(self.execution):
             cond = model.conditioner(inputs, *drop)
-            losses = diffusion_loss(
-                model.predict,
-                model.schedule,
-                z,
-                t,
-                noise,
-                cond,
-                weighting=recipe.weighting,
-                deviation=recipe.deviation,
-            )
-        loss = losses.mean() if weights is None else (losses * weights).mean()
+            losses = measure(model.predict, schedule, z, t, noise, cond)
         with torch.no_grad():
-            silent = diffusion_loss(
-                _silent,
-                model.schedule,
-                z,
-                t,
-                noise,
-                cond,
-                weighting=recipe.weighting,
-                deviation=recipe.deviation,
-            )
-            told = noise_gauges(losses, t / model.schedule.num_train_timesteps)
-            told |= latent_gauges(z)
-            told["loss_of_zero"] = silent.mean()
-            told["worse_than_nothing"] = worse_gauge(losses.mean(), told["loss_of_zero"])
-        return loss, told
+            of_zero = measure(_silent, schedule, z, t, noise, cond)
+        return told_of(losses, of_zero, t / schedule.num_train_timesteps, z, weights)
 
 
 def _silent(x: Tensor, t: Tensor, cond: object) -> Tensor:
-    """A network that predicts nothing: its loss is what there is to explain."""
+    """A network that predicts nothing."""
     return torch.zeros_like(x)
