@@ -8,9 +8,7 @@ from torch import nn
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.conditioning.base import Conditioner
 from mezzotint.conditioning.clip import ClipConditioner
-from mezzotint.conditioning.spatial import (
-    main_conditioner,
-)
+from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.data.texts import TextCache
 from mezzotint.device import Execution
 from mezzotint.errors import ConfigError
