@@ -12,19 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import NETWORK_PEERS, first_of, peer_network, peer_words
+from benchmarks.peers import NETWORK_PEERS, first_of, peer_network
+from benchmarks.random_models import stable_diffusion
 from benchmarks.side_by_side import (
-    Comparison,
-    difference,
+    compare_networks,
     execution_of,
     finish,
-    must_agree,
     options_parser,
-    side_by_side,
     work_folder,
 )
-from benchmarks.unet_step import stable_diffusion
-from mezzotint.device import precision_name
 from mezzotint.generation.pipeline import load
 from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from mezzotint.studies.speed import count_flops
@@ -72,21 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with pipeline.running():
                 return model.decode(there).float()
 
-        peer = peer_words(options.peer, execution.precision)
-        apart = must_agree(difference(ours(), theirs()), execution, peer)
         config = model.first_stage.config
         assert isinstance(config, AutoencoderKLConfig)
-        name = precision_name(execution.precision)
         height, width = model.image_size
-        compared = Comparison(
-            what=f"decoding {options.batch} x {height} x {width}",
-            mezzotint=name,
-            peer=peer,
-            flops=count_flops(lambda: _Decoding(AutoencoderKL(config)), z),
-            difference=apart,
-            wanted=WANTED.get((options.peer, name)),
-            images=options.batch,
-            **side_by_side(ours, theirs, options, execution),
+        what = f"decoding {options.batch} x {height} x {width}"
+        flops = count_flops(lambda: _Decoding(AutoencoderKL(config)), z)
+        compared = compare_networks(
+            ours, theirs, options, execution, WANTED, what=what, flops=flops
         )
     finish("decode", [compared], options, execution)
 

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.peers import PIPELINE_PEERS, peer_words
+from benchmarks.random_models import stable_diffusion
 from benchmarks.side_by_side import (
     Comparison,
     Record,
@@ -24,7 +25,6 @@ from benchmarks.side_by_side import (
     work_folder,
 )
 from benchmarks.text_to_image import drawing_ours, drawing_theirs
-from benchmarks.unet_step import stable_diffusion
 from mezzotint.device import precision_name
 
 SIDE, STEPS = 256, 2

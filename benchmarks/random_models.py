@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["build", "liven"]
+__all__ = ["build", "liven", "stable_diffusion"]
+
+
+def stable_diffusion(work: Path, *, tiny: bool) -> Path:
+    """Return the folder of Stable Diffusion 1.5 with random weights, written if it is not there."""
+    folder = work / ("sd1-tiny" if tiny else "sd1")
+    if not (folder / "model_index.json").is_file():
+        build("sd1", folder, tiny=tiny)
+    return folder
 
 
 def build(kind: str, folder: Path, *, tiny: bool = False) -> None:

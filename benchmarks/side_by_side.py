@@ -11,7 +11,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,8 +23,15 @@ from pydantic import Field
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.peers import peer_words
 from mezzotint.config import Config, Document
-from mezzotint.device import PRECISIONS, Execution, select_device, select_precision
+from mezzotint.device import (
+    PRECISIONS,
+    Execution,
+    precision_name,
+    select_device,
+    select_precision,
+)
 from mezzotint.studies.machine import Machine, this_machine
 from mezzotint.studies.speed import peak_flops, seconds_of
 
@@ -180,6 +187,31 @@ def side_by_side(
         "peer_seconds": tuple(peer_seconds),
         "peaks": tuple(peaks),
     }
+
+
+def compare_networks(
+    ours: Callable[[], Tensor],
+    theirs: Callable[[], Tensor],
+    options: argparse.Namespace,
+    execution: Execution,
+    wanted: Mapping[tuple[str, str], float],
+    **told: Any,
+) -> Comparison:
+    """Measure two calls of networks of the same weights, which must agree.
+
+    Args:
+        ours: Mezzotint's.
+        theirs: The peer's.
+        options: Say which peer, how often, and for how many pictures.
+        execution: Device, and Mezzotint's precision.
+        wanted: The largest ratios that are aimed at, by peer and precision.
+        **told: Other fields of the `Comparison`.
+    """
+    peer, name = peer_words(options.peer, execution.precision), precision_name(execution.precision)
+    apart = must_agree(difference(ours(), theirs()), execution, peer)
+    known = {"mezzotint": name, "peer": peer, "difference": apart, "images": options.batch, **told}
+    times = side_by_side(ours, theirs, options, execution)
+    return Comparison(wanted=wanted.get((options.peer, name)), **known, **times)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.random_models import liven
+from benchmarks.random_models import liven, stable_diffusion
 from benchmarks.side_by_side import (
     Comparison,
     execution_of,
@@ -26,7 +26,6 @@ from benchmarks.side_by_side import (
     side_by_side,
     work_folder,
 )
-from benchmarks.unet_step import stable_diffusion
 from mezzotint.checkpoints.model import save_model
 from mezzotint.conditioning.build import build_conditioner, main_config
 from mezzotint.conditioning.text import train_tokenizer

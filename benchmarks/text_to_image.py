@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import PIPELINE_PEERS, diffusers_pipeline, peer_words, running
+from benchmarks.random_models import stable_diffusion
 from benchmarks.side_by_side import (
     Comparison,
     difference,
@@ -30,7 +31,6 @@ from benchmarks.side_by_side import (
     side_by_side,
     work_folder,
 )
-from benchmarks.unet_step import stable_diffusion
 from mezzotint.device import Execution, precision_name
 from mezzotint.generation.pipeline import load
 from mezzotint.generation.request import FeatureReuse

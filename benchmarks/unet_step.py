@@ -12,24 +12,19 @@ memory.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import NETWORK_PEERS, peer_network, peer_words
-from benchmarks.random_models import build
+from benchmarks.peers import NETWORK_PEERS, peer_network
+from benchmarks.random_models import stable_diffusion
 from benchmarks.side_by_side import (
-    Comparison,
-    difference,
+    compare_networks,
     execution_of,
     finish,
-    must_agree,
     options_parser,
-    side_by_side,
     work_folder,
 )
-from mezzotint.device import precision_name
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.models.unet import UNet
 from mezzotint.studies.speed import count_flops
@@ -50,14 +45,6 @@ def inputs_of(pipeline: Pipeline, pictures: int) -> tuple[Tensor, Tensor, Tensor
     x = torch.randn(count, *shape, generator=generator)
     context = torch.randn(count, 77, width, generator=generator)
     return x, torch.full((count,), 500), context
-
-
-def stable_diffusion(work: Path, *, tiny: bool) -> Path:
-    """Return the folder of Stable Diffusion 1.5 with random weights, written if it is not there."""
-    folder = work / ("sd1-tiny" if tiny else "sd1")
-    if not (folder / "model_index.json").is_file():
-        build("sd1", folder, tiny=tiny)
-    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,20 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with pipeline.running():
                 return pipeline.model.unet(x, t, context=context).float()
 
-        peer = peer_words(options.peer, execution.precision)
-        apart = must_agree(difference(ours(), theirs()), execution, peer)
         shape = f"{x.shape[0]} x {x.shape[1]} x {x.shape[2]} x {x.shape[3]}"
         config = pipeline.model.unet.config
-        name = precision_name(execution.precision)
-        compared = Comparison(
-            what=f"UNet step, latents {shape}",
-            mezzotint=name,
-            peer=peer,
-            flops=count_flops(lambda: UNet(config), *(e.float() for e in example)),
-            difference=apart,
-            wanted=WANTED.get((options.peer, name)),
-            images=options.batch,
-            **side_by_side(ours, theirs, options, execution),
+        what = f"UNet step, latents {shape}"
+        flops = count_flops(lambda: UNet(config), *(e.float() for e in example))
+        compared = compare_networks(
+            ours, theirs, options, execution, WANTED, what=what, flops=flops
         )
     finish("unet_step", [compared], options, execution)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from benchmarks.unet_step import stable_diffusion
+from benchmarks.random_models import stable_diffusion
 
 
 @pytest.fixture(scope="session")
