@@ -22,8 +22,8 @@ from mezzotint.generation.request import (
     GenerationRequest,
     HighRes,
     InputImage,
-    Resolved,
 )
+from mezzotint.generation.resolved import Resolved
 
 IMAGE = InputImage(sha256="a" * 64, path="apple.png")
 MASK = InputImage(sha256="b" * 64)

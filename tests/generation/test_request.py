@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.errors import RequestError
-from mezzotint.generation.request import GenerationRequest, Resolved
+from mezzotint.generation.request import GenerationRequest
+from mezzotint.generation.resolved import Resolved
 
 RESOLVED = Resolved(
     model_hash="ab" * 32,

@@ -20,7 +20,8 @@ from mezzotint.generation.blending import blend_in
 from mezzotint.generation.canvas import back_project, lay_out
 from mezzotint.generation.guides import ImageEnergy, energy_of, refuse_unknown
 from mezzotint.generation.inputs import InputPictures
-from mezzotint.generation.request import DecoderUse, GenerationRequest, ReadAs, Resolved
+from mezzotint.generation.request import GenerationRequest
+from mezzotint.generation.resolved import DecoderUse, ReadAs, Resolved
 from mezzotint.generation.sampling import (
     decode_latents,
     sample_again,

@@ -16,7 +16,7 @@ from mezzotint.generation.guides import refuse_unknown
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.metadata import read_request
 from mezzotint.generation.pipeline import load
-from mezzotint.generation.request import DecoderUse
+from mezzotint.generation.resolved import DecoderUse
 
 __all__ = ["replay"]
 
