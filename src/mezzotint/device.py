@@ -159,7 +159,7 @@ def drawing_reasons(execution: Execution) -> dict[str, str]:
         return {"weights": packs_weights(execution)[1], "attention": "torch's kernel"}
     packed, why = packs_weights(execution)
     attention = "torch's kernel"
-    if execution.precision is torch.bfloat16:
+    if execution.precision is torch.bfloat16 and "AMX" not in bf16_instructions():
         attention = (
             "tiles of queries from 256 tokens on, where they are faster; else torch's kernel"
         )
