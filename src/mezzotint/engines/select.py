@@ -1,16 +1,18 @@
 """Which engine runs the networks of a model while it draws."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Protocol
+
+from torch import nn
 
 from mezzotint.device import Execution, keep_freed_memory, packs_weights
 from mezzotint.engines.openvino import OpenVinoEngine
 from mezzotint.errors import ConfigError, nearest
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.models.autoencoder import IdentityFirstStage
-from mezzotint.nn.packed import pack
+from mezzotint.nn.packed import WINOGRAD_PIXELS, pack
 
 __all__ = ["ENGINES", "Engine", "TorchEngine", "select_engine"]
 
@@ -60,6 +62,8 @@ class TorchEngine:
             execution: Device and precision.
         """
         if packs_weights(execution)[0]:
+            for level in _fine_levels(model):
+                pack(level, execution.precision, winograd=True)
             pack(model.unet, execution.precision)
             if not isinstance(model.first_stage, IdentityFirstStage):
                 # whose weights are few beside the features of a picture
@@ -71,6 +75,16 @@ class TorchEngine:
     def running(self, model: LatentDiffusion) -> AbstractContextManager[None]:
         """Change nothing."""
         return nullcontext()
+
+
+def _fine_levels(model: LatentDiffusion) -> Iterator[nn.Module]:
+    """The levels of a UNet whose features are large beside their weights, at its own image size."""
+    unet = model.unet
+    _, height, width = model.latent_shape(*model.image_size)
+    levels = zip(unet.down_blocks, reversed(unet.up_blocks), strict=True)
+    for level, blocks in enumerate(levels):
+        if (height >> level) * (width >> level) >= WINOGRAD_PIXELS:
+            yield from blocks
 
 
 ENGINES: Mapping[str, Callable[[Execution], Engine]] = MappingProxyType(
