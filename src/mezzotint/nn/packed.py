@@ -16,10 +16,13 @@ from torch.nn import functional as F
 from mezzotint.nn.resnet import Upsample
 from mezzotint.nn.winograd import convolve, transform_weight
 
-__all__ = ["PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
+__all__ = ["Packed", "PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
 __all__ += ["is_packed", "weight_shape"]
 
-_HELD = {"_weight", "_wide", "_learns", "_transformed", "_doubling", "_made_of"}
+_HELD = {
+    *("_weight", "_wide", "_learns", "_transformed", "_doubling", "_made_of"),
+    *("_scales", "_precision", "_of_before", "_multiplies"),  # of those in int8
+}
 _ops: Any = torch.ops.mkldnn  # made for torch's compiler; they take tensors outside of it as well
 _LEAST = 4096  # weights of a layer: below, a call costs more than order can save
 _LEAST_CHANNELS = 256  # for Winograd's algorithm: with fewer, adding takes longer than multiplying
@@ -66,7 +69,7 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
 
 def is_packed(network: nn.Module) -> bool:
     """Say whether any layer of a network is packed."""
-    return any(isinstance(layer, _Packed) for layer in network.modules())
+    return any(isinstance(layer, Packed) for layer in network.modules())
 
 
 def weight_shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
@@ -88,7 +91,7 @@ def _suits_winograd(layer: nn.Conv2d) -> bool:
     return wide and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """What packed layers share: being made of a plain layer, and becoming one again."""
 
     _plain: ClassVar[type[nn.Module]]
@@ -109,6 +112,10 @@ class _Packed(nn.Module):
 
     def _in_order(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _as_plain(self) -> Tensor:
+        """Return the weight as a plain layer has it."""
+        return self._weight.to_dense() if self._wide is None else self._wide
 
     @property
     def packed(self) -> Tensor:
@@ -132,7 +139,7 @@ class _Packed(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name != "weight":
             return super().__getattr__(name)
-        return self._weight.to_dense() if self._wide is None else self._wide
+        return self._as_plain()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -140,6 +147,7 @@ class _Packed(nn.Module):
         nn.Module.__setattr__(self, name, value)  # whose method it is may be another by now
 
     def train(self, mode: bool = True) -> Self:
+        """Set the mode; a layer that trains is plain."""
         if mode:
             self.unpack()
         nn.Module.train(self, mode)
@@ -165,7 +173,7 @@ class _Packed(nn.Module):
         return object.__new__, (self._plain,), state
 
 
-class PackedConv2d(_Packed, nn.Conv2d):
+class PackedConv2d(Packed, nn.Conv2d):
     """A convolution with a packed weight; what it returns lies with the channels last."""
 
     _plain = nn.Conv2d
@@ -216,7 +224,7 @@ class WinogradConv2d(PackedConv2d):
         return convolve(input.float(), self._transformed, self.small_bias)
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """A linear layer with a packed weight."""
 
     _plain = nn.Linear
