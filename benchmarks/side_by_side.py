@@ -188,9 +188,16 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def must_agree(found: float, execution: Execution, peer: str) -> float:
-    """Return a difference, or end: times of two that do different things say nothing."""
-    both = execution.precision is torch.float32 and "float32" in peer
+def must_agree(found: float, execution: Execution, peer: str, *, near: bool = False) -> float:
+    """Return a difference, or end: times of two that do different things say nothing.
+
+    Args:
+        found: The difference.
+        execution: Mezzotint's precision.
+        peer: In words.
+        near: Whether Mezzotint approximates.
+    """
+    both = execution.precision is torch.float32 and "float32" in peer and not near
     most = AGREEMENT if both else _HALF_AGREEMENT
     if not found <= most:
         sys.exit(
