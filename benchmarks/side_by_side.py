@@ -195,6 +195,7 @@ def compare_networks(
     options: argparse.Namespace,
     execution: Execution,
     wanted: Mapping[tuple[str, str], float],
+    near: str | None = None,
     **told: Any,
 ) -> Comparison:
     """Measure two calls of networks of the same weights, which must agree.
@@ -205,13 +206,15 @@ def compare_networks(
         options: Say which peer, how often, and for how many pictures.
         execution: Device, and Mezzotint's precision.
         wanted: The largest ratios that are aimed at, by peer and precision.
+        near: What Mezzotint approximates by, at which no ratio is aimed.
         **told: Other fields of the `Comparison`.
     """
     peer, name = peer_words(options.peer, execution.precision), precision_name(execution.precision)
-    apart = must_agree(difference(ours(), theirs()), execution, peer)
-    known = {"mezzotint": name, "peer": peer, "difference": apart, "images": options.batch, **told}
+    apart = must_agree(difference(ours(), theirs()), execution, peer, near=near is not None)
+    mine, aim = (f"{name}, {near}", None) if near else (name, wanted.get((options.peer, name)))
+    known = {"mezzotint": mine, "peer": peer, "difference": apart, "images": options.batch, **told}
     times = side_by_side(ours, theirs, options, execution)
-    return Comparison(wanted=wanted.get((options.peer, name)), **known, **times)
+    return Comparison(wanted=aim, **known, **times)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -220,9 +223,16 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def must_agree(found: float, execution: Execution, peer: str) -> float:
-    """Return a difference, or end: times of two that do different things say nothing."""
-    both = execution.precision is torch.float32 and "float32" in peer
+def must_agree(found: float, execution: Execution, peer: str, *, near: bool = False) -> float:
+    """Return a difference, or end: times of two that do different things say nothing.
+
+    Args:
+        found: The difference.
+        execution: Mezzotint's precision.
+        peer: In words.
+        near: Whether Mezzotint approximates.
+    """
+    both = execution.precision is torch.float32 and "float32" in peer and not near
     most = AGREEMENT if both else _HALF_AGREEMENT
     if not found <= most:
         sys.exit(

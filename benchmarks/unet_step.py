@@ -3,12 +3,13 @@
     python -m benchmarks.unet_step --precision float32
     python -m benchmarks.unet_step --precision bfloat16 --peer diffusers-best
     python -m benchmarks.unet_step --precision bfloat16 --peer openvino
+    python -m benchmarks.unet_step --precision bfloat16 --quantization int8 --peer openvino
     python -m benchmarks.unet_step --device cuda --peer diffusers-compiled --batch 64
 
 The weights are random, and the same for both: a folder of diffusers', which `mezzotint.load` opens
 as it would any. Each picture is two samples, with its condition and without. In float32 both must
-give the same within 1e-4 of the largest value. It needs the extra "dev", 2 GB of disk and 12 GB of
-memory.
+give the same within 1e-4 of the largest value, but in int8. It needs the extra "dev", 2 GB of disk
+and 12 GB of memory.
 """
 
 from collections.abc import Sequence
@@ -51,13 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the result."""
     parser = options_parser(__doc__, NETWORK_PEERS)
     parser.add_argument("--batch", type=int, default=1, help="pictures; each is two samples")
+    parser.add_argument(
+        "--quantization", choices=("int8",), help="Mezzotint's large weights in 8 bits"
+    )
     options = parser.parse_args(arguments)
     execution = execution_of(options)
     with work_folder(options) as work:
         import diffusers
 
         folder = stable_diffusion(work, tiny=options.tiny)
-        pipeline = load(folder, device=options.device, precision=options.precision)
+        pipeline = load(
+            folder,
+            device=options.device,
+            precision=options.precision,
+            quantization=options.quantization or "none",
+        )
         example = inputs_of(pipeline, options.batch)
         unet = (
             diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").float().eval()
@@ -76,7 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what = f"UNet step, latents {shape}"
         flops = count_flops(lambda: UNet(config), *(e.float() for e in example))
         compared = compare_networks(
-            ours, theirs, options, execution, WANTED, what=what, flops=flops
+            ours,
+            theirs,
+            options,
+            execution,
+            WANTED,
+            what=what,
+            flops=flops,
+            near=options.quantization,
         )
     finish("unet_step", [compared], options, execution)
 

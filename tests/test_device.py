@@ -9,9 +9,11 @@ from mezzotint.device import (
     autocast,
     bf16_instructions,
     drawing_reasons,
+    int8_instructions,
     memory_total,
     packs_weights,
     precision_name,
+    quantizes_weights,
     select_device,
     select_precision,
     threads,
@@ -155,10 +157,49 @@ def test_a_torch_without_onednn_packs_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert drawing_reasons(execution)["layout"] == "as torch has it"
 
 
-def test_tiles_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "bf16_instructions", lambda: ("AMX",))
+@pytest.mark.parametrize("names", [("AMX", "AVX512_BF16"), ("AVX512_BF16",)], ids=str)
+def test_tiles_are_for_bfloat16_without_amx(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "bf16_instructions", lambda: names)
     told = {
         name: drawing_reasons(select_precision(name, CPU))["attention"].partition(" ")[0]
         for name in ("float32", "bfloat16")
     }
-    assert told == {"float32": "torch's", "bfloat16": "tiles"}
+    assert told == {"float32": "torch's", "bfloat16": "torch's" if "AMX" in names else "tiles"}
+
+
+def test_weights_in_int8_are_told_what_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = select_precision("float32", CPU)
+    monkeypatch.setattr(device_module, "_has_packing", lambda: True)
+    monkeypatch.setattr(device_module, "_has_int8", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(device_module, "int8_instructions", lambda: ("AMX", "VNNI"))
+    gain = "less memory and time: this processor has AMX and VNNI"
+    assert quantizes_weights(execution) == (True, gain)
+    told = drawing_reasons(execution)["weights in int8"]
+    assert told == f"if asked for (--quantization int8), {gain}"
+    monkeypatch.setattr(device_module, "int8_instructions", lambda: ())
+    possible, gain = quantizes_weights(execution)
+    assert possible
+    assert gain.startswith("less memory and more time: this processor has neither AMX nor VNNI")
+    monkeypatch.setattr(device_module, "_has_int8", lambda: False)
+    assert not quantizes_weights(execution)[0]
+    assert "has no oneDNN for int8 here" in drawing_reasons(execution)["weights in int8"]
+
+
+def test_instructions_for_int8_are_those_that_linux_lists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asks = ("_is_amx_tile_supported", "_is_vnni_supported")
+    for name in asks:
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    flags = tmp_path / "cpuinfo"
+    monkeypatch.setattr(device_module, "_CPUINFO", flags)
+    for listed, names in {
+        "fpu amx_int8 avx512_vnni": ("AMX", "VNNI"),
+        "fpu avx_vnni": ("VNNI",),
+        "fpu avx2 amx_bf16": (),
+    }.items():
+        flags.write_text(f"processor : 0\nflags : {listed}\n")
+        assert int8_instructions() == names

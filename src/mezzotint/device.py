@@ -17,10 +17,12 @@ __all__ = [
     "autocast",
     "bf16_instructions",
     "drawing_reasons",
+    "int8_instructions",
     "keep_freed_memory",
     "memory_total",
     "packs_weights",
     "precision_name",
+    "quantizes_weights",
     "select_device",
     "select_precision",
     "threads",
@@ -153,19 +155,42 @@ def packs_weights(execution: Execution) -> tuple[bool, str]:
     return True, "packed once for oneDNN's kernels, which else order them anew at every call"
 
 
+def quantizes_weights(execution: Execution) -> tuple[bool, str]:
+    """Say whether weights may be int8, see `mezzotint.nn.quantized`, and what that gains."""
+    packed, why = packs_weights(execution)
+    if not packed:
+        return False, why
+    if not _has_int8():
+        return False, f"as they are: torch {torch.__version__} has no oneDNN for int8 here"
+    names = int8_instructions()
+    if names:
+        return True, f"less memory and time: this processor has {' and '.join(names)}"
+    return True, (
+        "less memory and more time: this processor has neither AMX nor VNNI, so that weights are"
+        " widened at every call"
+    )
+
+
 def drawing_reasons(execution: Execution) -> dict[str, str]:
     """Say what else is decided for drawing on a device, and why: sentences by their subjects."""
+    quantizes, gain = quantizes_weights(execution)
+    int8 = f"if asked for (--quantization int8), {gain}" if quantizes else f"not to be had: {gain}"
     if execution.device.type != "cpu":
-        return {"weights": packs_weights(execution)[1], "attention": "torch's kernel"}
+        return {
+            "weights": packs_weights(execution)[1],
+            "weights in int8": int8,
+            "attention": "torch's kernel",
+        }
     packed, why = packs_weights(execution)
     attention = "torch's kernel"
-    if execution.precision is torch.bfloat16:
+    if execution.precision is torch.bfloat16 and "AMX" not in bf16_instructions():
         attention = (
             "tiles of queries from 256 tokens on, where they are faster; else torch's kernel"
         )
     kept = "kept by the process: clearing its pages anew takes longer than norms and activations"
     return {
         "weights": why,
+        "weights in int8": int8,
         "layout": "channels last, as packed layers have it" if packed else "as torch has it",
         "attention": attention,
         "freed memory": kept if _mallopt() is not None else "left to the system's allocator",
@@ -225,6 +250,22 @@ def _has_packing() -> bool:
     """Whether this build of torch has the operators of its own compiler that pack weights."""
     names = ("_reorder_convolution_weight", "_reorder_linear_weight")
     return all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def _has_int8() -> bool:
+    """Whether this build of torch has the operators of its own compiler that multiply int8."""
+    names = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
+    return all(hasattr(torch.ops.onednn, name) for name in names)
+
+
+def int8_instructions() -> tuple[str, ...]:
+    """Name the int8 instructions of this processor that oneDNN has use for: AMX, VNNI."""
+    names: list[str] = []
+    if _supports("_is_amx_tile_supported", "amx_int8"):
+        names.append("AMX")
+    if _supports("_is_vnni_supported", "avx512_vnni") or "avx_vnni" in _processor_flags():
+        names.append("VNNI")
+    return tuple(names)
 
 
 def bf16_instructions() -> tuple[str, ...]:

@@ -60,6 +60,10 @@ def test_approximations_are_named(work: Path, tmp_path: Path) -> None:
     record = rehearse(text_to_image, work, tmp_path, *words, "--precision", "float32")
     assert one(record).mezzotint == "float32, feature reuse 2, guided from 0.5 to 5"
     assert "--guidance-interval 0.5 5.0" in record.command
+    words = ["--quantization", "int8", "--precision", "float32", "--peer", "diffusers"]
+    record = rehearse(unet_step, work, tmp_path, *words)
+    assert one(record).mezzotint == "float32, int8"
+    assert "--quantization int8" in record.command
 
 
 @pytest.mark.parametrize(

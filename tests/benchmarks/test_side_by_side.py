@@ -73,6 +73,7 @@ def test_networks_that_differ_are_not_timed() -> None:
     with pytest.raises(SystemExit, match="differ by nan"):
         must_agree(float("nan"), float32, "a peer, float32")
     assert must_agree(2e-2, float32, "a peer, bfloat16") == 2e-2
+    assert must_agree(2e-2, float32, "a peer, float32", near=True) == 2e-2
     for other in (1.0, float("nan")):  # of other weights, or of none
         with pytest.raises(SystemExit, match="expected at most 5e-01"):
             must_agree(other, float32, "a peer, bfloat16")

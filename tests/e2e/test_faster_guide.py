@@ -45,10 +45,11 @@ def test_it_runs(tiny, text_run, tmp_path, monkeypatch):
         if words[0] == "sample":
             asked.append(read_request(Path(f"{number}.png")))
     reuse = [r.feature_reuse and (r.feature_reuse.interval, r.feature_reuse.blocks) for r in asked]
-    assert reuse == [(2, 1), (3, 2), None, None, None, None, None]
-    assert [r.token_merging for r in asked] == [0, 0, 0.5, 0, 0, 0, 0]
-    assert [(r.sampler, r.steps) for r in asked[3:6]] == [("lcm", 4), ("lcm", 2), ("lcm", 2)]
-    assert [r.resolved.decoder is not None for r in asked] == [*[False] * 6, True]
+    assert reuse == [(2, 1), (3, 2), *[None] * 6]
+    assert [r.token_merging for r in asked] == [0, 0, 0.5, *[0] * 5]
+    assert [r.resolved.quantization for r in asked] == [*[None] * 3, "int8", *[None] * 4]
+    assert [(r.sampler, r.steps) for r in asked[4:7]] == [("lcm", 4), ("lcm", 2), ("lcm", 2)]
+    assert [r.resolved.decoder is not None for r in asked] == [*[False] * 7, True]
     assert Benchmark.from_dict(json.loads(Path("speed.json").read_text())).steps == 10
     done = subprocess.run([MEZZOTINT, "replay", "1.png"], check=True, capture_output=True)
     assert b"the same, bit for bit" in done.stdout

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mezzotint.device import bf16_instructions
+from mezzotint.nn import tiled_attention
 from mezzotint.nn.attention import attend
 from mezzotint.nn.tiled_attention import attend_in_tiles, suits_tiles
 
@@ -61,6 +63,12 @@ def test_scores_beyond_what_an_exponential_holds() -> None:
     assert (out - exact(q, k, v)).norm() < 1e-2 * out.norm()
 
 
+@pytest.fixture
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_attention, "_multiplies_by_amx", lambda: False)
+
+
+@pytest.mark.usefixtures("without_amx")
 @torch.no_grad()
 def test_tiles_are_for_many_keys_in_bfloat16_without_gradients() -> None:
     q = of_tokens(256, 0, torch.bfloat16)
@@ -72,6 +80,15 @@ def test_tiles_are_for_many_keys_in_bfloat16_without_gradients() -> None:
         assert not suits_tiles(q, q)
 
 
+@torch.no_grad()
+def test_with_amx_torch_s_kernel_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = of_tokens(256, 0, torch.bfloat16)
+    assert suits_tiles(q, q) == ("AMX" not in bf16_instructions())
+    monkeypatch.setattr(tiled_attention, "_multiplies_by_amx", lambda: True)
+    assert not suits_tiles(q, q)
+
+
+@pytest.mark.usefixtures("without_amx")
 @torch.no_grad()
 def test_a_mask_leaves_tiles_aside() -> None:
     q = of_tokens(256, 0, torch.bfloat16)

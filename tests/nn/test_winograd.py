@@ -16,7 +16,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(
     ("count", "height", "width"),
     # one tile; several strips, of which the last is shorter; wider than a strip has tiles
-    [(1, 2, 2), (2, 70, 64), (1, 6, 1200)],
+    [(1, 4, 4), (2, 140, 64), (1, 12, 2400)],
 )
 @torch.no_grad()
 def test_it_is_convolution(count: int, height: int, width: int, biased: bool) -> None:
@@ -34,5 +34,6 @@ def test_it_is_convolution(count: int, height: int, width: int, biased: bool) ->
 def test_sums_over_many_channels_stay_float32_s() -> None:
     x, weight = draw(1, 256, 16, 16), draw(32, 256, 3, 3, seed=1) / 48
     right = F.conv2d(x.double(), weight.double(), padding=1)
-    # direct sums came to 2e-7 to 1e-6, by the kernel that oneDNN takes
-    assert (convolve(x, transform_weight(weight), None) - right).norm() < 1e-6 * right.norm()
+    # direct sums came to 2e-7 to 1e-6, by the kernel that oneDNN takes; these to 1.7e-6, and to
+    # 3.5e-6 at the points 0, ±1, ±2
+    assert (convolve(x, transform_weight(weight), None) - right).norm() < 2.5e-6 * right.norm()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mezzotint.cli.loading import DeviceOption, EngineOption, PrecisionOption
+from mezzotint.cli.loading import DeviceOption, EngineOption, PrecisionOption, QuantizationOption
 
 if TYPE_CHECKING:
     from mezzotint.studies.benchmark import Benchmark
@@ -30,6 +30,7 @@ def bench(
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",
+    quantization: QuantizationOption = "none",
 ) -> None:
     """Measure how fast this machine draws, and how near that is to what it can do."""
     import sys
@@ -46,6 +47,7 @@ def bench(
     if json_path is not None:
         _check_folder(json_path)
     options = {"device": device, "precision": precision, "engine": engine}
+    options["quantization"] = quantization
     if model is not None:
         measured = run_benchmark(open_model(model, **options), steps=steps, tell=tell)
     else:
@@ -87,6 +89,8 @@ def _show(measured: "Benchmark") -> None:
     for name, reason in zip(("device", "precision"), measured.reasons, strict=True):
         about.add_row(name, reason)
     about.add_row("engine", measured.engine)
+    if measured.quantization != "none":
+        about.add_row("quantization", measured.quantization)
     for name, peak in measured.peaks.items():
         about.add_row("peak", f"{peak / 1e12:.3f} TFLOP/s in {name}")
     times = Table("what", box=None, padding=(0, 2))

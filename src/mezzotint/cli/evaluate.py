@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -80,6 +80,9 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
+    quantization: Annotated[
+        Literal["none", "int8"], typer.Option(help="As of mezzotint sample.")
+    ] = "none",
     work: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep what is drawn here. Default: until it is measured."),
@@ -127,6 +130,7 @@ def evaluate(
             device=device,
             precision=precision,
             engine=engine,
+            quantization=quantization,
             processes=processes,
             work=work,
             grid=grid,

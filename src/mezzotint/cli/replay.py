@@ -1,7 +1,7 @@
 """``mezzotint replay``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ def replay(
         Path | None, typer.Option(help="Where the small decoder is now, if it has moved.")
     ] = None,
     offload: OffloadOption = "none",
+    quantization: Annotated[
+        Literal["auto", "none", "int8"],
+        typer.Option(help="As of mezzotint sample; auto: what has drawn the picture."),
+    ] = "auto",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -51,6 +55,7 @@ def replay(
         engine=engine,
         decoder=decoder,
         offload=offload,
+        quantization=quantization,
     )
     write_image(drawn.image, drawn.request, path)
     print(path)

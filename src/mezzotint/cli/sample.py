@@ -14,6 +14,7 @@ from mezzotint.cli.loading import (
     OffloadOption,
     PrecisionOption,
     PredictionOption,
+    QuantizationOption,
     WeightsOption,
 )
 
@@ -208,6 +209,7 @@ def sample(
     engine: EngineOption = "auto",
     decoder: DecoderOption = None,
     offload: OffloadOption = "none",
+    quantization: QuantizationOption = "none",
     config: ConfigOption = None,
     family: FamilyOption = None,
     prediction: PredictionOption = None,
@@ -304,6 +306,7 @@ def sample(
         engine=engine,
         decoder=decoder,
         offload=offload,
+        quantization=quantization,
         config=config,
         family=family,
         prediction=prediction,

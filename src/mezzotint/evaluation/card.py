@@ -98,6 +98,7 @@ class DrawnWith(Config):
         token_merging: The share of tokens that were merged.
         precision: What was computed in.
         engine: What ran the networks.
+        quantization: What large weights of the UNet were rounded to, if they were.
         decoder: The sha256 of a small decoder in place of the model's own.
         device: torch's name for the kind of device.
     """
@@ -119,6 +120,7 @@ class DrawnWith(Config):
     token_merging: float = 0.0
     precision: str
     engine: str = "torch"
+    quantization: str = "none"
     decoder: str | None = None
     device: str
 

@@ -15,6 +15,7 @@ from mezzotint.data.base import ImageData
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.device import precision_name
 from mezzotint.diffusion.samplers import get_sampler
+from mezzotint.engines.select import QuantizationKind
 from mezzotint.errors import ConfigError, DataError, RequestError
 from mezzotint.evaluation.card import DrawnWith, PictureRecord
 from mezzotint.evaluation.pictures import evenly
@@ -55,6 +56,7 @@ class DrawnPictures:
         device: See `mezzotint.generation.pipeline.load`.
         precision: See there.
         engine: See there.
+        quantization: See there.
 
     Raises:
         RequestError: If the model cannot draw so.
@@ -71,6 +73,7 @@ class DrawnPictures:
         device: str = "auto",
         precision: str = "auto",
         engine: str = "auto",
+        quantization: QuantizationKind = "none",
     ) -> None:
         self._pipeline: Pipeline | None = model if isinstance(model, Pipeline) else None
         self._how_to_load = (
@@ -78,6 +81,7 @@ class DrawnPictures:
             device,
             precision,
             engine,
+            quantization,
             model.decoder.path if isinstance(model, Pipeline) and model.decoder else None,
         )
         self._drawing, self.conditions, self._source = drawing, conditions, source
@@ -103,6 +107,7 @@ class DrawnPictures:
             token_merging=first.token_merging,
             precision=precision_name(self.pipeline.execution.precision),
             engine=self.pipeline.engine.name,
+            quantization=self.pipeline.quantization,
             decoder=self.pipeline.decoder.sha256 if self.pipeline.decoder else None,
             device=self.pipeline.execution.device.type,
         )
@@ -117,8 +122,15 @@ class DrawnPictures:
     def pipeline(self) -> Pipeline:
         """The model, loaded at first use in each process."""
         if self._pipeline is None:
-            model, device, precision, engine, decoder = self._how_to_load
-            self._pipeline = load(model, device, precision, engine=engine, decoder=decoder)
+            model, device, precision, engine, quantization, decoder = self._how_to_load
+            self._pipeline = load(
+                model,
+                device,
+                precision,
+                engine=engine,
+                quantization=quantization,
+                decoder=decoder,
+            )
         return self._pipeline
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.device import select_device, threads
+from mezzotint.engines.select import QuantizationKind
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.evaluation.card import Cost, EvaluationCard
 from mezzotint.evaluation.drawing import Drawing
@@ -62,6 +63,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     engine: str = "auto",
+    quantization: QuantizationKind = "none",
     processes: int = 1,
     work: str | Path | None = None,
     grid: str | Path | None = None,
@@ -94,6 +96,7 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda``, …
         precision: What a model draws in; feature networks always compute in float32.
         engine: What runs a model's networks; see `mezzotint.load`.
+        quantization: What large weights of its UNet are rounded to; see there.
         processes: How many share the work on this machine; started by torchrun, its ranks do.
         work: Where pictures and features are kept until the card is there; by default in the cache
             folder, and then they are removed afterwards.
@@ -143,6 +146,7 @@ def evaluate(
         given = {"processes": processes > 1, "work": work, "weights": weights}
         given["precision"] = precision not in ("auto", "float32")
         given["engine"] = engine not in ("auto", "torch")
+        given["quantization"] = quantization != "none"
         _refuse_for_first_stage(given)
         card = evaluate_first_stage(
             stage,
@@ -167,6 +171,7 @@ def evaluate(
             device=device,
             precision=precision,
             engine=engine,
+            quantization=quantization,
         )
     else:
         folder = cast("str | Path", model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.shipped import shipped_names
+from mezzotint.engines.select import QuantizationKind
 from mezzotint.errors import ConfigError, DataError, nearest
 from mezzotint.evaluation.card import (
     Cost,
@@ -193,6 +194,7 @@ def open_drawn(
     device: str,
     precision: str,
     engine: str = "auto",
+    quantization: QuantizationKind = "none",
 ) -> tuple[DrawnPictures, Reference, list[int] | str]:
     """Open a model's pictures and the real ones, whose captions or classes it draws from.
 
@@ -204,9 +206,10 @@ def open_drawn(
         DataError: If the real pictures are, or lack what the model draws from.
         RequestError: If the model cannot draw so.
     """
-    pipeline = (
-        model if isinstance(model, Pipeline) else load(model, device, precision, engine=engine)
-    )
+    if isinstance(model, Pipeline):
+        pipeline = model
+    else:
+        pipeline = load(model, device, precision, engine=engine, quantization=quantization)
     if not protocol.ema and not isinstance(model, Pipeline):
         raise ConfigError(
             f"protocol {protocol.name}: ema: false asks for weights that were not averaged, but"
@@ -234,6 +237,7 @@ def open_drawn(
         device=device,
         precision=precision,
         engine=engine,
+        quantization=quantization,
     )
     return drawn, reference, targets
 

@@ -238,6 +238,7 @@ def _resolved(pipeline: Pipeline, batch_size: int, row: int, sums: dict[str, str
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
         engine_version=pipeline.engine.version,
+        quantization=None if pipeline.quantization == "none" else pipeline.quantization,
         decoder=DecoderUse(path=str(small.path), sha256=small.sha256) if small else None,
         adapters=sums,
         read_as=ReadAs.from_dict(pipeline.read_as),

@@ -15,11 +15,24 @@ from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.spatial import main_conditioner
-from mezzotint.device import Execution, autocast, select_device, select_precision
+from mezzotint.device import (
+    Execution,
+    autocast,
+    int8_instructions,
+    quantizes_weights,
+    select_device,
+    select_precision,
+)
 from mezzotint.diffusion.names import find_sampler
 from mezzotint.diffusion.samplers import SAMPLERS
 from mezzotint.engines.offload import Offload, OffloadKind, select_offload
-from mezzotint.engines.select import Engine, TorchEngine, select_engine
+from mezzotint.engines.select import (
+    Engine,
+    QuantizationKind,
+    TorchEngine,
+    select_engine,
+    select_quantization,
+)
 from mezzotint.errors import RequestError
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
@@ -69,6 +82,7 @@ class Pipeline:
         defaults: What a request takes where it says nothing.
         notes: Sentences on what was guessed or left out when the model was read.
         read_as: What was said of the model's file in place of a guess.
+        quantization: What large weights of the UNet were rounded to when it was loaded.
         adapter_folders: Where adapters are found by name; None for the usual places.
     """
 
@@ -99,6 +113,7 @@ class Pipeline:
         self.notes = source.notes if source else ()
         self.adapter_folders: Sequence[Path] | None = None
         self.read_as = dict(source.read_as) if source else {}
+        self.quantization: QuantizationKind = "none"
         self._source = source
 
     @cached_property
@@ -362,6 +377,7 @@ def load(
     engine: str = "auto",
     decoder: str | Path | None = None,
     offload: OffloadKind = "none",
+    quantization: QuantizationKind = "none",
     config: str | Path | None = None,
     family: str | None = None,
     prediction: str | None = None,
@@ -387,6 +403,9 @@ def load(
         offload: Where weights stand while they are not used: ``none`` on the device;
             ``components`` and ``sequential`` on the CPU, from where they come by parts of the
             model or layer by layer, for devices of less memory.
+        quantization: ``int8`` rounds the large weights of the UNet, on a processor by torch: about
+            half of bfloat16's memory, faster, and not quite the same pictures.
+            `mezzotint.checkpoints.model.save_model` would save the rounded weights.
         config: The YAML of a single file, if it does not lie beside it.
         family: What a single file is, if it is recognised wrongly.
         prediction: ``epsilon`` or ``v_prediction``, if that of a single file is guessed wrongly.
@@ -394,8 +413,8 @@ def load(
 
     Raises:
         CheckpointError: If there is no such model, or it is damaged.
-        ConfigError: If the device, the precision, the engine or the offload is not to be had, or
-            the decoder is that of another autoencoder.
+        ConfigError: If the device, the precision, the engine, the offload or the quantization is
+            not to be had, or the decoder is that of another autoencoder.
         MissingExtraError: If the engine, or a text encoder's package, is not installed.
     """
     if engine == "openvino" and device == "auto":
@@ -403,6 +422,7 @@ def load(
     execution = select_precision(precision, select_device(device))
     runs = select_engine(engine, execution)
     arrives = select_offload(offload, execution.device, runs.name)
+    rounds = select_quantization(quantization, execution, runs.name, offload)
     loaded = load_any(
         model,
         dtype=execution.precision,
@@ -414,5 +434,10 @@ def load(
     small = load_decoder(decoder) if decoder is not None else None
     pipeline = Pipeline(loaded.model, execution, str(model), loaded, runs, small, arrives)
     if isinstance(runs, TorchEngine) and arrives is None:
-        runs.prepare(pipeline.model, execution)
+        if rounds != "none":
+            _ = pipeline.model_hash  # which may be of the weights as they are now
+            pipeline.quantization = rounds
+            if not int8_instructions():
+                pipeline.notes += (f"weights in int8: {quantizes_weights(execution)[1]}",)
+        runs.prepare(pipeline.model, execution, rounds)
     return pipeline

@@ -3,12 +3,14 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from mezzotint.checkpoints.decoders import LoadedDecoder
 from mezzotint.device import select_device
 from mezzotint.engines.offload import OffloadKind
+from mezzotint.engines.select import QuantizationKind
 from mezzotint.errors import ConfigError, RequestError
 from mezzotint.generation.adapters import adapters_of
 from mezzotint.generation.generate import GeneratedImage, generate_each, nth
@@ -56,6 +58,7 @@ def replay(
     engine: str = "auto",
     decoder: str | Path | None = None,
     offload: OffloadKind = "none",
+    quantization: Literal["auto"] | QuantizationKind = "auto",
 ) -> GeneratedImage:
     """Draw a picture again from the request that it carries, bit for bit.
 
@@ -71,9 +74,10 @@ def replay(
         engine: ``auto`` is what drew it. Another may differ by a rounding.
         decoder: Where the small decoder is now that decoded it, if it has moved.
         offload: Where weights stand; see `mezzotint.generation.pipeline.load`.
+        quantization: ``auto`` is what drew it; see there. Another is not quite the same picture.
 
     Returns:
-        The picture, and its request with the engine that has drawn it now.
+        The picture, and its request with the engine and quantization that have drawn it now.
 
     Raises:
         RequestError: If the picture holds no request, or the model, a decoder, an adapter or an
@@ -89,6 +93,8 @@ def replay(
     refuse_unknown(request)
     read_as = {name: told for name, told in resolved.read_as.to_dict().items() if told is not None}
     engine = resolved.engine if engine == "auto" else engine
+    if quantization == "auto":
+        quantization = resolved.quantization or "none"
     small = resolved.decoder
     if decoder is not None and small is None:
         raise RequestError(f"{path}: the model's own decoder decoded it; leave --decoder out")
@@ -99,6 +105,7 @@ def replay(
         engine=engine,
         decoder=decoder or (small.path if small is not None else None),
         offload=offload,
+        quantization=quantization,
         **read_as,
     )
     if small is not None and pipeline.decoder is not None:
@@ -123,7 +130,11 @@ def replay(
             raise RequestError(f"{path}: other adapters drew it: {', '.join(changed)}")
     with _thread_count(resolved.threads):
         drawn = generate_each(pipeline, rows, pictures=pictures, batch_size=len(rows))
+    ran_by: dict[str, str | None] = {}
     if engine != resolved.engine:
-        ran_by = {"engine": engine, "engine_version": pipeline.engine.version}
+        ran_by |= {"engine": engine, "engine_version": pipeline.engine.version}
+    if quantization != (resolved.quantization or "none"):
+        ran_by["quantization"] = None if quantization == "none" else quantization
+    if ran_by:
         request = request.model_copy(update={"resolved": resolved.model_copy(update=ran_by)})
     return GeneratedImage(drawn[resolved.batch_row].image, request)

@@ -47,6 +47,7 @@ class Resolved(Config):
         mezzotint_version: The Mezzotint that drew it.
         torch_version: The torch that it ran on.
         engine_version: The engine that it ran on, if that is another.
+        quantization: What large weights of the UNet were rounded to, if they were.
         decoder: What decoded in place of the model's own decoder, if anything did.
         adapters: The sha256 of each adapter and embedding that acted, by name.
         read_as: What was said of the model's file when it was read.
@@ -64,6 +65,7 @@ class Resolved(Config):
     mezzotint_version: str
     torch_version: str
     engine_version: str | None = None
+    quantization: Literal["int8"] | None = None
     decoder: DecoderUse | None = None
     adapters: dict[str, Sha256] = {}
     read_as: ReadAs = ReadAs()

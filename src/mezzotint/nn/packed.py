@@ -16,13 +16,17 @@ from torch.nn import functional as F
 from mezzotint.nn.resnet import Upsample
 from mezzotint.nn.winograd import convolve, transform_weight
 
-__all__ = ["PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
-__all__ += ["is_packed", "weight_shape"]
+__all__ = ["Packed", "PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
+__all__ += ["WINOGRAD_PIXELS", "is_packed", "weight_shape"]
 
-_HELD = {"_weight", "_wide", "_learns", "_transformed", "_doubling", "_made_of"}
+_HELD = {
+    *("_weight", "_wide", "_learns", "_transformed", "_doubling", "_made_of"),
+    *("_scales", "_precision", "_of_before", "_multiplies"),  # of those in int8
+}
 _ops: Any = torch.ops.mkldnn  # made for torch's compiler; they take tensors outside of it as well
 _LEAST = 4096  # weights of a layer: below, a call costs more than order can save
-_LEAST_CHANNELS = 256  # for Winograd's algorithm: with fewer, adding takes longer than multiplying
+_LEAST_CHANNELS = 256  # for Winograd's algorithm: with fewer, what is around products takes longer
+WINOGRAD_PIXELS = 1024  # for it too: with fewer, reading four times the weights takes longer
 _ROWS, _SIDE = 2048, 32  # of a typical input; with others a packed weight is right too
 
 
@@ -39,8 +43,9 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
     Args:
         network: On the processor, in evaluation mode.
         precision: ``torch.float32`` or ``torch.bfloat16``, in which it will be run.
-        winograd: In float32, let wide convolutions of size 3 run by Winograd's algorithm, in 0.6
-            to 0.8 of the time, for 16/9 of their weights' memory beside them.
+        winograd: In float32, let wide convolutions of size 3 run by Winograd's algorithm where
+            their features are large, in 0.4 to 0.6 of the time, for four times their weights'
+            memory beside them.
 
     Example:
         >>> layer = nn.Sequential(nn.Linear(64, 64)).eval()
@@ -66,7 +71,7 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
 
 def is_packed(network: nn.Module) -> bool:
     """Say whether any layer of a network is packed."""
-    return any(isinstance(layer, _Packed) for layer in network.modules())
+    return any(isinstance(layer, Packed) for layer in network.modules())
 
 
 def weight_shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
@@ -88,7 +93,7 @@ def _suits_winograd(layer: nn.Conv2d) -> bool:
     return wide and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """What packed layers share: being made of a plain layer, and becoming one again."""
 
     _plain: ClassVar[type[nn.Module]]
@@ -109,6 +114,10 @@ class _Packed(nn.Module):
 
     def _in_order(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _as_plain(self) -> Tensor:
+        """Return the weight as a plain layer has it."""
+        return self._weight.to_dense() if self._wide is None else self._wide
 
     @property
     def packed(self) -> Tensor:
@@ -132,7 +141,7 @@ class _Packed(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name != "weight":
             return super().__getattr__(name)
-        return self._weight.to_dense() if self._wide is None else self._wide
+        return self._as_plain()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -140,6 +149,7 @@ class _Packed(nn.Module):
         nn.Module.__setattr__(self, name, value)  # whose method it is may be another by now
 
     def train(self, mode: bool = True) -> Self:
+        """Set the mode; a layer that trains is plain."""
         if mode:
             self.unpack()
         nn.Module.train(self, mode)
@@ -165,7 +175,7 @@ class _Packed(nn.Module):
         return object.__new__, (self._plain,), state
 
 
-class PackedConv2d(_Packed, nn.Conv2d):
+class PackedConv2d(Packed, nn.Conv2d):
     """A convolution with a packed weight; what it returns lies with the channels last."""
 
     _plain = nn.Conv2d
@@ -208,15 +218,16 @@ class WinogradConv2d(PackedConv2d):
         return super()._in_order(weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve ``(B, C, H, W)``; odd sizes and other paddings than zeros as the others do."""
-        odd = input.shape[2] % 2 or input.shape[3] % 2
+        """Convolve ``(B, C, H, W)``; small or odd sizes and paddings of a kind as others do."""
+        height, width = input.shape[2:]
+        suits = height % 4 == width % 4 == 0 and height * width >= WINOGRAD_PIXELS
         learning = torch.is_grad_enabled() and input.requires_grad
-        if odd or learning or self.padding_mode != "zeros":
+        if learning or not suits or self.padding_mode != "zeros":
             return super().forward(input)
         return convolve(input.float(), self._transformed, self.small_bias)
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """A linear layer with a packed weight."""
 
     _plain = nn.Linear

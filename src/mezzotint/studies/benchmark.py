@@ -83,6 +83,7 @@ class Benchmark(Document):
         model: Its name.
         machine: With the precision that it ran in.
         engine: What ran its networks.
+        quantization: What large weights of the UNet were rounded to, if they were.
         reasons: Why this device and precision.
         mezzotint_version: That measured.
         torch_version: Of torch.
@@ -97,6 +98,7 @@ class Benchmark(Document):
     model: str
     machine: Machine
     engine: str
+    quantization: str = "none"
     reasons: tuple[str, ...]
     mezzotint_version: str
     torch_version: str
@@ -195,6 +197,7 @@ def run_benchmark(
         model=pipeline.name,
         machine=this_machine(execution),
         engine=pipeline.engine.name,
+        quantization=pipeline.quantization,
         reasons=execution.reasons,
         mezzotint_version=mezzotint.__version__,
         torch_version=torch.__version__,
