@@ -153,7 +153,8 @@ def main() -> None:
     if options.precision == "bfloat16":
         console.print(f"at most {LIMIT} GB is expected of Stable Diffusion 1.5 at 512 pixels")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("model", "precision", "side", "steps")}
+    settings = {name: getattr(options, name) for name in ("precision", "side", "steps")}
+    settings = {"model": Path(options.model).name, **settings}
     options.output.write_text(json.dumps(settings | results, indent=1) + "\n")
 
 

@@ -29,7 +29,7 @@ or, where something starts, in processes of their own. The ratio is the median o
 Mezzotint's time by the peer's: below 1, Mezzotint is faster. The peak is that of the same device,
 precision and run: {peak}. Weights are random and the same for both; `differ` is the
 largest difference between the results over the largest value of the peer's. `python -m
-benchmarks.performance` wrote this page from the raw numbers in [performance](performance).
+benchmarks.performance` wrote this page from the raw numbers in `docs/results/performance`.
 """
 
 
