@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from two_classes import write_two_classes
 
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
 from mezzotint.device import bf16_instructions, packs_weights, select_device, select_precision
-from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.generation.guides import Guide
 from mezzotint.generation.pipeline import Pipeline, load
-from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
-from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from mezzotint.models.autoencoder import AutoencoderKLConfig
 from mezzotint.models.unet import UNet, UNetConfig
-from mezzotint.nn.packed import PackedConv2d, PackedLinear, PackedUpsample
+from mezzotint.nn.packed import PackedConv2d, PackedLinear, PackedUpsample, WinogradConv2d
 
 UNET = UNetConfig(
     block_out_channels=(32, 32),
@@ -39,21 +37,7 @@ pytestmark = pytest.mark.skipif(not packs_weights(EXECUTION)[0], reason="torch h
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two classes with random weights, on 16 x 16 pixels."""
-    torch.manual_seed(0)
-    unet = UNet(UNET)
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
-    model = LatentDiffusion(
-        AutoencoderKL(FIRST_STAGE),
-        unet,
-        ClassConditioner(ClassConditionerConfig(width=48, class_names=("fruit", "tool"))),
-        ScheduleConfig(),
-        LatentNormalization.from_scale_factor(1.0),
-        (16, 16),
-    )
-    path = tmp_path_factory.mktemp("models") / "two"
-    save_model(model, path)
-    return path
+    return write_two_classes(tmp_path_factory.mktemp("models") / "two", UNET, FIRST_STAGE)
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +137,26 @@ def test_training_a_loaded_model_trains_all_of_it(folder: Path) -> None:
         n for n, _ in UNet(UNET).named_parameters()
     ]
     assert all(parameter.requires_grad for parameter in model.unet.parameters())
+
+
+@torch.no_grad()
+def test_in_float32_fine_levels_of_a_unet_run_by_winograd_s_algorithm(tmp_path: Path) -> None:
+    shape = UNetConfig(
+        block_out_channels=(256, 256),
+        layers_per_block=1,
+        attention_levels=(False, False),
+        cross_attention_dim=48,
+        num_attention_heads=2,
+    )
+    folder = write_two_classes(tmp_path / "wide", shape, FIRST_STAGE, side=64)
+    unet = load(folder, device="cpu", precision="float32").model.unet
+    fine, coarse = (
+        {type(layer) for blocks in level for layer in blocks.modules()} & {*KINDS, WinogradConv2d}
+        for level in ((unet.down_blocks[0], unet.up_blocks[1]), (unet.down_blocks[1],))
+    )
+    assert WinogradConv2d in fine
+    assert PackedConv2d in coarse and WinogradConv2d not in coarse
+    x, t = torch.randn(1, 4, 32, 32), torch.tensor([500])
+    context = torch.randn(1, 1, 48)
+    right = load_any(folder).model.unet.eval()(x, t, context=context)
+    assert (unet(x, t, context=context) - right).abs().max() < 1e-4 * right.abs().max()

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from two_classes import write_two_classes
 
 from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
 from mezzotint.device import quantizes_weights, select_device, select_precision
-from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.errors import ConfigError
 from mezzotint.evaluation.drawing import Drawing, DrawnPictures
 from mezzotint.generation.generate import GeneratedImage
@@ -20,9 +19,8 @@ from mezzotint.generation.guides import Guide
 from mezzotint.generation.metadata import read_request, write_image
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.generation.replay import replay
-from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
-from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from mezzotint.models.unet import UNet, UNetConfig
+from mezzotint.models.autoencoder import AutoencoderKLConfig
+from mezzotint.models.unet import UNetConfig
 from mezzotint.nn.packed import is_packed
 from mezzotint.nn.quantized import Quantized
 
@@ -46,21 +44,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two classes with random weights, on 16 x 16 pixels."""
-    torch.manual_seed(0)
-    unet = UNet(UNET)
-    nn.init.normal_(unet.conv_out.weight, std=0.05)
-    model = LatentDiffusion(
-        AutoencoderKL(FIRST_STAGE),
-        unet,
-        ClassConditioner(ClassConditionerConfig(width=48, class_names=("fruit", "tool"))),
-        ScheduleConfig(),
-        LatentNormalization.from_scale_factor(1.0),
-        (16, 16),
-    )
-    path = tmp_path_factory.mktemp("models") / "two"
-    save_model(model, path)
-    return path
+    return write_two_classes(tmp_path_factory.mktemp("models") / "two", UNET, FIRST_STAGE)
 
 
 @pytest.fixture(scope="module")
