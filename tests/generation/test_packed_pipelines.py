@@ -12,6 +12,7 @@ from two_classes import write_two_classes
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.model import save_model
 from mezzotint.device import bf16_instructions, packs_weights, select_device, select_precision
+from mezzotint.engines.select import QuantizationKind
 from mezzotint.generation.guides import Guide
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.models.autoencoder import AutoencoderKLConfig
@@ -160,3 +161,23 @@ def test_in_float32_fine_levels_of_a_unet_run_by_winograd_s_algorithm(tmp_path: 
     context = torch.randn(1, 1, 48)
     right = load_any(folder).model.unet.eval()(x, t, context=context)
     assert (unet(x, t, context=context) - right).abs().max() < 1e-4 * right.abs().max()
+
+
+@pytest.mark.skipif(not bf16_instructions(), reason="this processor does not compute in bfloat16")
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@torch.no_grad()
+def test_outside_of_drawing_a_model_answers_in_the_precision_of_its_weights(
+    folder: Path, quantization: QuantizationKind
+) -> None:
+    """As a plain one does; packed layers beside plain ones once mixed two precisions."""
+    pipeline = load(folder, device="cpu", precision="bfloat16", quantization=quantization)
+    right = load_any(folder).model.eval()
+    model, images = pipeline.model, torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.allclose(model.encode(images), right.encode(images), atol=1e-5)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 1, 48)
+    ours, theirs = (m.unet(x, t, context=context) for m in (model, right))
+    assert ours.dtype is torch.float32
+    assert (ours - theirs).abs().max() < (1e-5 if quantization == "none" else 0.05)
+    assert torch.allclose(model.decode(x), right.decode(x), atol=1e-4)
+    with pipeline.running():
+        assert model.unet(x, t, context=context).dtype is torch.bfloat16

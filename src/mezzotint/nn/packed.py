@@ -130,6 +130,21 @@ class Packed(nn.Module):
         bias = self._parameters["bias"]  # as ever: it may have been changed in place
         return None if bias is None else bias.detach().to(self._weight.dtype)
 
+    @property
+    def precisions(self) -> tuple[torch.dtype, torch.dtype]:
+        """What the plain layer's weight is in, and what this one computes in."""
+        return (self._weight if self._wide is None else self._wide).dtype, self._weight.dtype
+
+    def runs_plainly(self, input: Tensor) -> bool:
+        """Whether an input is for the plain layer: a gradient is to flow, or no autocast narrows.
+
+        Without autocast a layer that is not packed answers such an input in its own precision.
+        """
+        if torch.is_grad_enabled() and input.requires_grad:
+            return True
+        own, narrow = self.precisions
+        return own is not narrow and input.dtype is own and not torch.is_autocast_enabled("cpu")
+
     def unpack(self) -> None:
         """Become a plain layer again."""
         weight = nn.Parameter(self.weight, self._learns)
@@ -188,7 +203,7 @@ class PackedConv2d(Packed, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(B, C, H, W)``."""
-        if torch.is_grad_enabled() and input.requires_grad:
+        if self.runs_plainly(input):
             return self._conv_forward(input, self.weight, self.bias)
         x, padding = input.to(self._weight.dtype), self.padding
         if self.padding_mode != "zeros":
@@ -221,8 +236,7 @@ class WinogradConv2d(PackedConv2d):
         """Convolve ``(B, C, H, W)``; small or odd sizes and paddings of a kind as others do."""
         height, width = input.shape[2:]
         suits = height % 4 == width % 4 == 0 and height * width >= WINOGRAD_PIXELS
-        learning = torch.is_grad_enabled() and input.requires_grad
-        if learning or not suits or self.padding_mode != "zeros":
+        if self.runs_plainly(input) or not suits or self.padding_mode != "zeros":
             return super().forward(input)
         return convolve(input.float(), self._transformed, self.small_bias)
 
@@ -237,7 +251,7 @@ class PackedLinear(Packed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in_features)`` to ``(…, out_features)``."""
-        if torch.is_grad_enabled() and input.requires_grad:
+        if self.runs_plainly(input):
             return F.linear(input, self.weight, self.bias)
         x = input.to(self._weight.dtype)
         return _ops._linear_pointwise(x, self._weight, self.small_bias, "none", [], "")
@@ -279,7 +293,7 @@ class PackedUpsample(Upsample):
             self.unpack()
             return Upsample.forward(self, x, time, size)
         double = [2 * side for side in x.shape[2:]]
-        if (size is not None and list(size) != double) or not self._may_double(x):
+        if (size is not None and list(size) != double) or not self._may_double(conv, x):
             return super().forward(x, time, size)
         x = x.to(self._doubling.dtype).contiguous(memory_format=torch.channels_last)
         return _ops._convolution_transpose_pointwise(
@@ -291,12 +305,10 @@ class PackedUpsample(Upsample):
         del self._doubling, self._made_of
         self.__class__ = Upsample  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _may_double(self, x: Tensor) -> bool:
+    def _may_double(self, conv: PackedConv2d, x: Tensor) -> bool:
         """Whether nothing acts on the convolution."""
-        conv = self.conv
         hooked = any(vars(conv)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
-        learning = torch.is_grad_enabled() and x.requires_grad
-        return conv.padding_mode == "zeros" and not (hooked or learning)
+        return conv.padding_mode == "zeros" and not (hooked or conv.runs_plainly(x))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the plain layer."""

@@ -136,9 +136,14 @@ class Quantized(Packed):
         bias = self._parameters["bias"]
         return None if bias is None else bias.detach().float()
 
-    def _goes_the_plain_way(self, input: Tensor) -> bool:
-        learning = torch.is_grad_enabled() and input.requires_grad
-        return learning or not self._multiplies
+    @property
+    def precisions(self) -> tuple[torch.dtype, torch.dtype]:
+        """What the plain layer's weight is in, and what this one computes in."""
+        return self._of_before, self._precision
+
+    def runs_plainly(self, input: Tensor) -> bool:
+        """Whether an input is for the plain layer, with its rounded weight."""
+        return not self._multiplies or super().runs_plainly(input)
 
     def _matrix_product(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Multiply ``(N, in)`` int8 by a weight that is packed as a matrix; ``(N, out)``."""
@@ -200,7 +205,7 @@ class QuantizedConv2d(Quantized, PackedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(B, C, H, W)``."""
-        if self._goes_the_plain_way(input):
+        if self.runs_plainly(input):
             return self._conv_forward(input, self.weight, self.bias)
         x, padding = input.to(self._precision), self.padding
         if self.padding_mode != "zeros":
@@ -253,7 +258,7 @@ class QuantizedLinear(Quantized, PackedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(…, in_features)`` to ``(…, out_features)``."""
-        if self._goes_the_plain_way(input):
+        if self.runs_plainly(input):
             return F.linear(input, self.weight, self.bias)
         rows = input.to(self._precision).reshape(-1, self.in_features)
         return self._matrix_product(*_round(rows, torch.int8)).view(*input.shape[:-1], -1)
