@@ -7,6 +7,7 @@ and set the same variables; the rest is torch's own.
 import atexit
 import contextlib
 import functools
+import gc
 import os
 from collections.abc import Generator, Sequence
 from datetime import timedelta
@@ -123,6 +124,15 @@ class Ranks:
         """Wait until all ranks are here."""
         self.gather_values(None)
 
+    def part(self) -> None:
+        """Leave the others for good, and end the threads that talk to them.
+
+        One that lets go of its last tensor while the interpreter ends would abort the process.
+        """
+        self._control = self._each_step = None
+        gc.collect()
+        dist.destroy_process_group()
+
     @contextlib.contextmanager
     def told(self) -> Generator[None]:
         """Say in words what a ``with`` block raises where another process has ended."""
@@ -174,8 +184,9 @@ def _meet(kind: str) -> Ranks:
         ) from error
     control, each_step = groups
     assert isinstance(control, dist.ProcessGroup) and isinstance(each_step, dist.ProcessGroup)
-    atexit.register(dist.destroy_process_group)
-    return Ranks(rank, world, control, each_step)
+    joined = Ranks(rank, world, control, each_step)
+    atexit.register(joined.part)
+    return joined
 
 
 def rank_device(device: torch.device) -> torch.device:
