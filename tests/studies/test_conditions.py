@@ -18,6 +18,7 @@ from mezzotint.studies.conditions import (
     runs,
     write_report,
 )
+from mezzotint.studies.conditions.judging import scenes_of
 from mezzotint.studies.conditions.measures import MEASURES, diffusion_fill
 from mezzotint.studies.conditions.results import read_guided, read_result
 from mezzotint.studies.conditions.runs import nulled
@@ -33,11 +34,22 @@ def test_every_condition_has_a_recipe_on_one_autoencoder_and_measures() -> None:
         assert isinstance(recipe, DiffusionRecipe)
         assert recipe.first_stage.to_dict()["recipe"] == "emoji-autoencoder"
         assert recipe.data.to_dict()["split"] == "train"  # and the study asks for validation
-        plain = {"backgrounds": None}  # a judge of all of them judges some of them too
+        plain = {"backgrounds": None, "concepts": None}  # a judge of all judges some of them too
         mine = recipe.data.to_dict() | plain
         kinds[next(k for k in kinds if load_recipe(k).data.to_dict() | plain == mine)].add(name)
         assert recipe.budget.max_minutes is not None and recipe.budget.max_minutes <= 15
     assert {"emoji-class", "emoji-text", "emoji-hybrid"} == kinds[judging.SINGLE]  # by their judges
+
+
+@pytest.mark.parametrize("name", ["emoji-class", "emoji-text", "emoji-hybrid"])
+def test_judges_call_classes_by_the_same_names(name: str) -> None:
+    asked, known = (scenes_of(recipe, "train", 1).class_names for recipe in (name, judging.SINGLE))
+    assert [known[k] for k in judging.judged_classes(name)] == list(asked)
+
+
+def test_what_no_judge_knows_is_named() -> None:
+    with pytest.raises(ConfigError, match="emoji-demo: data.kind is .emoji."):
+        judging.judged_classes("emoji-demo")
 
 
 def test_the_gap_that_is_closed() -> None:

@@ -23,7 +23,7 @@ from mezzotint.evaluation.metrics import image_features
 from mezzotint.models.features import load_features
 from mezzotint.training.run import load_recipe
 
-__all__ = ["MANY", "SINGLE", "Judges", "judge_singles", "scenes_of"]
+__all__ = ["MANY", "SINGLE", "Judges", "judge_singles", "judged_classes", "scenes_of"]
 
 # recipes whose scenes the judges are trained for: one large object, or some smaller ones
 SINGLE, MANY = "emoji-class", "emoji-layout"
@@ -49,6 +49,23 @@ def scenes_of(
         raise ConfigError(f"{recipe}: data.kind is {config.kind!r}, expected 'scenes'")
     asked = {"split": split, "count": count, "seed": seed}
     return ScenesData(ScenesDataConfig.from_dict({**config.to_dict(), **asked}, recipe))
+
+
+def judged_classes(recipe: str) -> list[int]:
+    """Return what the judges of whole pictures call each class of a recipe's scenes.
+
+    Args:
+        recipe: Its name.
+
+    Raises:
+        ConfigError: If it trains on something else, or on concepts that no judge knows.
+    """
+    known = scenes_of(SINGLE, "train", 1).class_names
+    names = scenes_of(recipe, "train", 1).class_names
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"{recipe}: the judges, trained on {SINGLE}, do not know {unknown}")
+    return [known.index(name) for name in names]
 
 
 class Judges:

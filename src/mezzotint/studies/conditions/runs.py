@@ -25,7 +25,7 @@ from mezzotint.generation.pipeline import Pipeline
 from mezzotint.generation.sampling import to_images
 from mezzotint.rng import keyed_generator
 from mezzotint.studies.conditions.guided import measure_guided
-from mezzotint.studies.conditions.judging import Judges, scenes_of
+from mezzotint.studies.conditions.judging import Judges, judged_classes, scenes_of
 from mezzotint.studies.conditions.measures import (
     MEASURES,
     Asked,
@@ -292,6 +292,8 @@ def _ask(
     )
     examples = [data.load(k) for k in range(count)]
     told = [maker.of_example(e, keyed_generator(SEED, k)) for k, e in enumerate(examples)]
+    judged = judged_classes(CONDITIONS[name])
+    examples = [replace(e, label=None if e.label is None else judged[e.label]) for e in examples]
     if hides:
         told = [_hide(t, e) for t, e in zip(told, examples, strict=True)]
     return Asked(examples, told)
