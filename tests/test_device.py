@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,3 +205,28 @@ def test_instructions_for_int8_are_those_that_linux_lists(
     }.items():
         flags.write_text(f"processor : 0\nflags : {listed}\n")
         assert int8_instructions() == names
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc's allocator is meant")
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    script = """
+import torch
+from mezzotint.device import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 >> 20
+
+keep_freed_memory()
+before = resident()
+blocks = [torch.ones(1 << 22) for _ in range(16)]
+kept = torch.ones(1 << 10)  # above them, so that the top of the heap is not free
+del blocks
+freed = resident()
+give_back_freed_memory()
+print(before, freed, resident())
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, freed, after = map(int, done.stdout.split())
+    assert freed - before > 240 and after - before < 16

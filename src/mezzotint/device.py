@@ -17,6 +17,7 @@ __all__ = [
     "autocast",
     "bf16_instructions",
     "drawing_reasons",
+    "give_back_freed_memory",
     "int8_instructions",
     "keep_freed_memory",
     "memory_total",
@@ -241,9 +242,24 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
+def give_back_freed_memory() -> None:
+    """Let the system have the memory that was freed, whatever `keep_freed_memory` said.
+
+    Blocks of other sizes than those that are asked for next are of no use, and count as this
+    process's. Elsewhere than on glibc this does nothing.
+    """
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
 def _mallopt() -> Any:
-    """glibc's, if it is the allocator."""
-    return getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    return _glibc("mallopt")
+
+
+def _glibc(function: str) -> Any:
+    """A function of glibc's allocator, if that is the allocator."""
+    return getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
 
 
 def _has_packing() -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mezzotint.device import (
     Execution,
+    give_back_freed_memory,
     int8_instructions,
     keep_freed_memory,
     packs_weights,
@@ -91,7 +92,8 @@ class TorchEngine:
                 pack(model.first_stage.decoder, execution.precision, winograd=True)
             pack(model.first_stage, execution.precision)
         if execution.device.type == "cpu":
-            keep_freed_memory()  # not before: weights that were exchanged go back to the system
+            give_back_freed_memory()  # the weights that were exchanged
+            keep_freed_memory()
 
     def running(self, model: LatentDiffusion) -> AbstractContextManager[None]:
         """Change nothing."""

@@ -5,16 +5,19 @@ Parameters are named as in the public diffusers checkpoints.
 
 from typing import Any, Literal, Self, cast
 
+import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.config import Config, Depth, Width, parse
+from mezzotint.device import give_back_freed_memory
 from mezzotint.nn.attention import AttentionBlock
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
 __all__ = ["ConvolutionalConfig", "Decoder", "Encoder"]
 
+_LARGE = 1 << 26  # bytes of features, as Stable Diffusion's of 512 x 512 pixels in bfloat16
 EPS = 1e-6  # of every normalisation of the published autoencoders
 
 # channels of each level over those of the first, as in the configurations published with the paper
@@ -126,6 +129,13 @@ def _attention(config: ConvolutionalConfig, channels: int) -> AttentionBlock:
     return AttentionBlock(channels, heads=1, groups=config.norm_num_groups, eps=EPS)
 
 
+def _make_room(features: Tensor) -> None:
+    """Give freed memory back before the largest features, which fit nowhere in it, are made."""
+    large = features.numel() * features.itemsize >= _LARGE
+    if large and features.device.type == "cpu" and not torch.is_grad_enabled():
+        give_back_freed_memory()
+
+
 class _Level(nn.Module):
     """ResBlocks of one resolution, then a change of resolution."""
 
@@ -205,7 +215,8 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        h = F.silu(self.conv_norm_out(h), inplace=not torch.is_grad_enabled())
+        return self.conv_out(h)
 
 
 class Decoder(nn.Module):
@@ -234,5 +245,8 @@ class Decoder(nn.Module):
         """Decode ``(B, latent_channels, h, w)``."""
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
+            if block is self.up_blocks[-1]:
+                _make_room(h)
             h = block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        h = F.silu(self.conv_norm_out(h), inplace=not torch.is_grad_enabled())
+        return self.conv_out(h)

@@ -6,6 +6,7 @@ Parameters are named as in the public diffusers checkpoints.
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,7 +71,8 @@ class ResnetBlock(nn.Module):
             time: The time embedding, where the block was built to take one.
             size: Height and width to double to, where they are not 2H and 2W.
         """
-        h = F.silu(self.norm1(x))
+        reuse = not torch.is_grad_enabled()  # memory of what nothing else looks at
+        h = F.silu(self.norm1(x), inplace=reuse)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up":
@@ -86,8 +88,9 @@ class ResnetBlock(nn.Module):
                 h = self.norm2(h) * (1 + scale) + shift
             else:
                 h = self.norm2(h + embedding)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv2(self.dropout(F.silu(h, inplace=reuse)))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h.add_(x) if reuse and h.dtype is x.dtype else h + x
 
 
 class Downsample(nn.Module):
