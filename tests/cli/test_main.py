@@ -18,7 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 SURFACE = {
-    "demo": {"--output", "-o"},
+    "demo": {"--output", "-o", "--train"},
     "train": {
         "recipe",
         "--set",

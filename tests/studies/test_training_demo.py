@@ -6,7 +6,7 @@ from PIL import Image
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig
 from mezzotint.generation.generate import GeneratedImage
 from mezzotint.generation.pipeline import load
-from mezzotint.studies.demo import score
+from mezzotint.studies.training_demo import score
 
 
 def test_real_emoji_score_full_marks_and_shuffled_ones_chance(text_run):
