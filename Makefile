@@ -16,11 +16,16 @@ INSTALL := $(PIP) install --no-compile
 TEST_THREADS ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test check format docs clean
+.PHONY: demo demo-train test check format docs clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed-train
+# draws with the shipped model
+demo: $(VENV)/.installed
 	$(BIN)/mezzotint demo
+
+# trains a model in minutes, and draws with that
+demo-train: $(VENV)/.installed-train
+	$(BIN)/mezzotint demo --train
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
@@ -47,6 +52,10 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Mezzotint needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e .
+	touch $@
 
 $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -c constraints.txt -e '.[train]'

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig, Style
-from mezzotint.data.portraits import PortraitsData, PortraitsDataConfig, portrait_caption
-from mezzotint.errors import CheckpointError, ConfigError, MezzotintError
+from mezzotint.data.portraits import PortraitsData, portrait_caption
+from mezzotint.errors import CheckpointError, MezzotintError
 from mezzotint.evaluation.distributions import kid, nearest_neighbours, precision_recall
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.evaluation.metrics import image_features, psnr, retrieval
@@ -24,8 +24,7 @@ from mezzotint.evaluation.reconstruction import restore
 from mezzotint.generation.generate import generate_each
 from mezzotint.generation.pipeline import Pipeline, load
 from mezzotint.models.features import load_features
-from mezzotint.training.recipe import DiffusionRecipe
-from mezzotint.training.run import load_recipe
+from mezzotint.studies.demo import demo_captions, trained_portraits
 from tools.train_shipped.ship import CARD, MODELS, ROOT, describe_training, read_made
 
 __all__ = ["Scores", "concept_accuracy", "measure", "report"]
@@ -84,12 +83,8 @@ def portraits_of(folder: Path) -> tuple[PortraitsData, PortraitsData]:
     Raises:
         ConfigError: If it was trained on others than portraits.
     """
-    path = folder / "text-to-image.yaml"
-    recipe = load_recipe(path)
-    if not isinstance(recipe, DiffusionRecipe) or not isinstance(recipe.data, PortraitsDataConfig):
-        raise ConfigError(f"{path}: expected a text model of portraits, to say what is held out")
-    held_out = recipe.data.model_copy(update={"split": "validation"})
-    return PortraitsData(recipe.data), PortraitsData(held_out)
+    data = trained_portraits(folder)
+    return data, PortraitsData(data.config.model_copy(update={"split": "validation"}))
 
 
 def draw(pipeline: Pipeline, captions: list[str], seed: int = 0) -> list[Image.Image]:
@@ -219,12 +214,8 @@ def report(scores: Scores) -> list[str]:
 
 def grid(pipeline: Pipeline, data: PortraitsData) -> Image.Image:
     """Draw known and held-out captions in turn."""
-    labels = evenly(_ON_GRID, len(data.concepts))
-    asked = [
-        portrait_caption(data.concepts[label], data.held_out_colour(label) if n % 2 else "white")
-        for n, label in enumerate(labels)
-    ]
-    return image_grid(draw(pipeline, asked, seed=1000), columns=8, labels=asked, scale=2)
+    captions, labels = demo_captions(data, _ON_GRID)
+    return image_grid(draw(pipeline, captions, seed=1000), columns=8, labels=labels, scale=2)
 
 
 def main(arguments: list[str] | None = None) -> int:

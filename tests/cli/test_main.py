@@ -18,7 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 
 SURFACE = {
-    "demo": {"--output", "-o"},
+    "demo": {"--output", "-o", "--train"},
     "train": {
         "recipe",
         "--set",
@@ -402,6 +402,21 @@ def test_an_interruption_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("mezzotint.studies.demo.run_demo", interrupted)
     assert run("demo")[0] == 130
+
+
+def test_the_demonstration_trains_only_if_asked_to(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, Path]] = []
+    for name, function in (("demo", "run_demo"), ("training_demo", "run_training_demo")):
+        monkeypatch.setattr(
+            f"mezzotint.studies.{name}.{function}",
+            lambda output, name=name: called.append((name, output)),
+        )
+    for words in (["demo"], ["demo", "--train"], ["demo", "--train", "-o", "elsewhere"]):
+        assert run(*words)[0] == 0
+    where = [Path("outputs/demo"), Path("runs/demo"), Path("elsewhere")]
+    assert called == list(zip(["demo", "training_demo", "training_demo"], where, strict=True))
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(

@@ -16,8 +16,7 @@ MEZZOTINT = Path(sys.executable).with_name("mezzotint")
 def test_its_commands_run(text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MEZZOTINT_CACHE", raising=False)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "emoji").symlink_to(text_run)
     (block,) = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)
     told: list[str] = []
     for command in block.splitlines():

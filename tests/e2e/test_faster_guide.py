@@ -26,7 +26,8 @@ def blocks(language: str) -> list[str]:
 def test_it_runs(tiny, text_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    for name in ("emoji", "runs/emoji-text"):
+        (tmp_path / name).symlink_to(text_run)
     tiny.train(tiny.distill(text_run), tmp_path / "runs" / "student")
     lines = [line.partition(" # ")[0].strip() for b in blocks("sh") for line in b.splitlines()]
     asked = []

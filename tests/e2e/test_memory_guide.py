@@ -19,8 +19,7 @@ def blocks(language: str) -> list[str]:
 
 def test_it_runs(text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "emoji").symlink_to(text_run)
     lines = [line.partition(" # ")[0].strip() for b in blocks("sh") for line in b.splitlines()]
     for number, line in enumerate(lines):
         command = line.replace("mezzotint", str(MEZZOTINT), 1) + f" --steps 2 -o {number}.png"

@@ -35,8 +35,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def test_the_python_block_runs(text_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "emoji").symlink_to(text_run)
     (block,) = blocks("python")
     namespace: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
@@ -44,14 +43,13 @@ def test_the_python_block_runs(text_run, tmp_path, monkeypatch):
 
 
 def test_the_drawing_commands_run(text_run, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "emoji").symlink_to(text_run)
     Image.effect_noise((8, 8), 50).convert("RGB").save(tmp_path / "small.png")
     lines = [
         line.partition("#")[0].strip()
         for block in blocks("sh")
         for line in block.splitlines()
-        if line.startswith(("mezzotint sample runs/demo", "mezzotint replay", "mezzotint doctor"))
+        if line.startswith(("mezzotint sample emoji", "mezzotint replay", "mezzotint doctor"))
     ]
     assert len(lines) >= 4
     lines.sort(key=lambda line: "replay" in line)  # after what it draws again
@@ -73,7 +71,7 @@ def measured(text_run, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "emoji").symlink_to(text_run)
     (tmp_path / "runs" / "folder-autoencoder").symlink_to(tiny.autoencoder_run)
     rng = np.random.default_rng(0)
     for name, count in (("outputs/drawn", 30), ("photos/train", 30), ("photos/test", 4)):
@@ -96,7 +94,7 @@ def test_the_guides_evaluations_run(measured):
         if "autoencoder" not in line:
             command += " --protocol quick.yaml"
         subprocess.run(["sh", "-c", command], check=True, capture_output=True)
-    card = EvaluationCard.read(Path("outputs/demo.json"))
+    card = EvaluationCard.read(Path("outputs/emoji.json"))
     assert card.evaluated.count == 96 and "retrieval_random" in card.numbers
     assert EvaluationCard.read(Path("outputs/folder-autoencoder-reconstruction.json")).numbers
     assert Path("outputs/restored.png").is_file()
@@ -176,8 +174,7 @@ def test_the_guide_names_every_family_and_pipeline():
 
 def test_the_guide_to_guidance_runs(text_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(text_run)
+    (tmp_path / "emoji").symlink_to(text_run)
     apple = Image.effect_noise((32, 32), 50).convert("RGB")
     apple.save("apple.png")
     apple.resize((8, 8), Image.Resampling.BOX).save("small.png")

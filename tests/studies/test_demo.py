@@ -1,26 +1,45 @@
-"""The demonstration's judgement: right pictures pass, pictures of something else do not."""
+"""The demonstration draws with the model that is shipped, and what it draws is what was asked."""
 
+import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from tools.shipped_card import Asked, concept_accuracy, pixels
 
-from mezzotint.data.emoji import EmojiData, EmojiDataConfig
-from mezzotint.generation.generate import GeneratedImage
-from mezzotint.generation.pipeline import load
-from mezzotint.studies.demo import score
+from mezzotint.checkpoints.shipped import find_shipped
+from mezzotint.data.portraits import is_held_out
+from mezzotint.errors import CheckpointError
+from mezzotint.evaluation.pictures import evenly
+from mezzotint.generation.metadata import read_request
+from mezzotint.studies import demo
 
 
-def test_real_emoji_score_full_marks_and_shuffled_ones_chance(text_run):
-    pipeline = load(text_run)
-    data = EmojiData(EmojiDataConfig(subset="demo-48", resolution=32))
-    request = pipeline.request(prompt="x")
-    pictures = [
-        GeneratedImage(Image.fromarray(data.load(k).image.permute(1, 2, 0).numpy()), request)
-        for k in range(len(data))
+def test_the_shipped_model_draws_known_and_held_out_captions(tmp_path) -> None:
+    console = Console(record=True, quiet=True, width=200)
+    grid = demo.run_demo(tmp_path, console)
+    with Image.open(grid) as sheet:
+        assert sheet.width > 4 * 128 and sheet.height > 4 * 128
+    folder = find_shipped(demo.MODEL)
+    assert folder is not None
+    data = demo.trained_portraits(folder)
+    captions, labels = demo.demo_captions(data, 16)
+    files = sorted(tmp_path.glob("[0-9]*.png"))
+    assert [read_request(file).prompt for file in files] == captions
+    chosen = evenly(16, len(data.concepts))
+    asked = [
+        Asked(label, data.held_out_colour(label) if n % 2 else "white")
+        for n, label in enumerate(chosen)
     ]
-    right = score(pipeline, data, pictures)
-    assert right.accuracy == 1.0 and right.psnr > 60
-    # an untrained model draws nothing that could be told apart
-    assert right.permuted_accuracy < 0.1
-    wrong = score(pipeline, data, pictures[1:] + pictures[:1])
-    assert wrong.accuracy == 0.0 and wrong.psnr < 20
-    assert torch.isfinite(torch.tensor(wrong.autoencoder_psnr))
+    held_out = [
+        is_held_out(data.concepts[a.label].name, a.colour, second_style=False) for a in asked
+    ]
+    assert held_out == [label.endswith("*") for label in labels] == [False, True] * 8
+    drawn = [pixels(Image.open(file)) for file in files]
+    assert concept_accuracy(data, asked, drawn) >= 0.5  # among 64; chance is 1.6 %
+    assert torch.stack(drawn).float().std() > 20
+
+
+def test_a_package_without_it_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "find_shipped", lambda name: None)
+    with pytest.raises(CheckpointError, match="'emoji' is not in this package"):
+        demo.run_demo(tmp_path)
