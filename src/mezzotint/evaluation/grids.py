@@ -43,21 +43,22 @@ def image_grid(
     Args:
         images: The pictures, row by row.
         columns: Pictures in a row.
-        labels: A line of text under each picture; what is too long is cut.
+        labels: A text under each picture, in as many lines as it needs.
         scale: Whole factor by which each picture is enlarged.
     """
     width, height = images[0].width * scale, images[0].height * scale
     font = ImageFont.load_default(size=11)
-    line = _LINE if labels is not None else 0
-    cell_w, cell_h = width + _MARGIN, height + line + _MARGIN
+    texts = [_wrapped(label, font, width) for label in labels or ()]
+    below = _LINE * max((len(lines) for lines in texts), default=0)
+    cell_w, cell_h = width + _MARGIN, height + below + _MARGIN
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * cell_w + _MARGIN, rows * cell_h + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     for k, image in enumerate(images):
         x, y = _MARGIN + k % columns * cell_w, _MARGIN + k // columns * cell_h
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
-        if labels is not None:
-            draw.text((x, y + height + 1), _fit(labels[k], font, width), fill="black", font=font)
+        for number, line in enumerate(texts[k] if texts else ()):
+            draw.text((x, y + height + 1 + number * _LINE), line, fill="black", font=font)
     return sheet
 
 

@@ -19,7 +19,7 @@ from mezzotint.training.run import load_recipe
 __all__ = ["demo_captions", "run_demo", "trained_portraits"]
 
 MODEL, TRAINED_BY = "emoji", "text-to-image.yaml"
-_PICTURES, _COLUMNS, _SCALE = 16, 4, 2
+_PICTURES, _COLUMNS, _SCALE = 16, 8, 2
 
 
 def trained_portraits(folder: Path) -> PortraitsData:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mezzotint.errors import DataError
 from mezzotint.studies.conditions.results import (
+    PICTURE,
     ConditionResult,
     GuidedResult,
     read_guided,
@@ -113,6 +114,6 @@ def _guided(result: GuidedResult) -> list[str]:
 def _pictures(names: list[str], output: Path) -> list[str]:
     lines: list[str] = []
     for name in names:
-        if (output / f"{name}.png").is_file():
-            lines += [f"## {name}", "", f"![{name}]({name}.png)", ""]
+        if (output / f"{name}{PICTURE}").is_file():
+            lines += [f"## {name}", "", f"![{name}]({name}{PICTURE})", ""]
     return lines

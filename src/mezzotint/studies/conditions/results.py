@@ -11,6 +11,7 @@ from mezzotint.errors import CheckpointError
 from mezzotint.studies.machine import Machine
 
 __all__ = [
+    "PICTURE",
     "ConditionResult",
     "GuidedResult",
     "MeasuredGap",
@@ -18,6 +19,9 @@ __all__ = [
     "read_result",
     "write_result",
 ]
+
+
+PICTURE = ".webp"  # of the sheets, which lie beside the results
 
 
 class MeasuredGap(Config):

@@ -32,7 +32,12 @@ from mezzotint.studies.conditions.measures import (
     Measure,
     further_numbers,
 )
-from mezzotint.studies.conditions.results import ConditionResult, MeasuredGap, write_result
+from mezzotint.studies.conditions.results import (
+    PICTURE,
+    ConditionResult,
+    MeasuredGap,
+    write_result,
+)
 from mezzotint.studies.machine import this_machine
 from mezzotint.studies.trainings import train_once
 from mezzotint.training.checkpoint import list_checkpoints, read_checkpoint
@@ -86,7 +91,7 @@ def run_conditions_study(
     """Do what is still missing of the study; each result is written when it is there.
 
     Args:
-        output: Folder of the results: ``<condition>.json`` and ``<condition>.png``.
+        output: Folder of the results: ``<condition>.json`` and ``<condition>.webp``.
         work: Folder of the training runs and judges; a run that was stopped goes on.
         only: Conditions to do now; all by default.
         pictures: Held-out examples that are asked of each model.
@@ -187,7 +192,7 @@ class _Runner:
             machine=this_machine(self.execution),
         )
         self.output.mkdir(parents=True, exist_ok=True)
-        shown.save(self.output / f"{name}.png")
+        shown.save(self.output / f"{name}{PICTURE}", quality=86)
         write_result(self.output / f"{name}.json", result)
 
     def _drawn(
@@ -224,7 +229,7 @@ class _Runner:
         pipeline = Pipeline(load_model(run / "model"), self.execution, str(run))
         self.output.mkdir(parents=True, exist_ok=True)
         count = max(2, self.pictures // 20)
-        picture = self.output / f"{GUIDED}.png"
+        picture = self.output / f"{GUIDED}{PICTURE}"
         result = measure_guided(pipeline, self.execution, targets=count, picture=picture)
         self._say(
             f"led to {result.side}x{result.side} pixels: {result.guided_psnr:.1f} dB"
