@@ -26,6 +26,12 @@ from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.run import load_recipe
 
 
+def judged_alike(data: dict[str, object], judge: str) -> bool:
+    """A judge of all backgrounds judges some of them too; that of single objects goes by names."""
+    left_out = {"backgrounds": None} | ({"concepts": None} if judge == judging.SINGLE else {})
+    return load_recipe(judge).data.to_dict() | left_out == data | left_out
+
+
 def test_every_condition_has_a_recipe_on_one_autoencoder_and_measures() -> None:
     assert set(MEASURES) == set(CONDITIONS)
     kinds = {judging.SINGLE: set[str](), judging.MANY: set[str]()}
@@ -34,9 +40,7 @@ def test_every_condition_has_a_recipe_on_one_autoencoder_and_measures() -> None:
         assert isinstance(recipe, DiffusionRecipe)
         assert recipe.first_stage.to_dict()["recipe"] == "emoji-autoencoder"
         assert recipe.data.to_dict()["split"] == "train"  # and the study asks for validation
-        plain = {"backgrounds": None, "concepts": None}  # a judge of all judges some of them too
-        mine = recipe.data.to_dict() | plain
-        kinds[next(k for k in kinds if load_recipe(k).data.to_dict() | plain == mine)].add(name)
+        kinds[next(k for k in kinds if judged_alike(recipe.data.to_dict(), k))].add(name)
         assert recipe.budget.max_minutes is not None and recipe.budget.max_minutes <= 15
     assert {"emoji-class", "emoji-text", "emoji-hybrid"} == kinds[judging.SINGLE]  # by their judges
 
@@ -47,9 +51,12 @@ def test_judges_call_classes_by_the_same_names(name: str) -> None:
     assert [known[k] for k in judging.judged_classes(name)] == list(asked)
 
 
-def test_what_no_judge_knows_is_named() -> None:
+def test_what_no_judge_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="emoji-demo: data.kind is .emoji."):
         judging.judged_classes("emoji-demo")
+    monkeypatch.setattr(judging, "SINGLE", "emoji-layout")
+    with pytest.raises(ConfigError, match="emoji-class: the judges, .* do not know .'alarm-clock'"):
+        judging.judged_classes("emoji-class")
 
 
 def test_the_gap_that_is_closed() -> None:

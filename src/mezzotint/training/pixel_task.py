@@ -259,7 +259,9 @@ class PixelTask(Generic[R, M]):
             self.ema.load_state_dict(tensors["ema"])
         if self.adversary is not None:
             self.adversary.network.load_state_dict(tensors["discriminator"])
-            restore_optimizer(self.adversary.optimizer, tensors["discriminator_optimizer"])
+            # which may have been left out with the other moments: then it begins anew
+            if moments := tensors.get("discriminator_optimizer"):
+                restore_optimizer(self.adversary.optimizer, moments)
         if saved_scaler := checkpoint.values.get("scaler"):
             self.scaler.load_state_dict(saved_scaler)
 
