@@ -19,7 +19,7 @@ from mezzotint.studies.conditions import (
     write_report,
 )
 from mezzotint.studies.conditions.judging import scenes_of
-from mezzotint.studies.conditions.measures import MEASURES, diffusion_fill
+from mezzotint.studies.conditions.measures import MEASURES, Asked, diffusion_fill
 from mezzotint.studies.conditions.results import read_guided, read_result
 from mezzotint.studies.conditions.runs import nulled
 from mezzotint.training.recipe import DiffusionRecipe
@@ -90,6 +90,14 @@ def test_from_training_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(judging, "_SCENES", 96)
     monkeypatch.setattr(runs, "STEPS", 3)
     monkeypatch.setattr(guided, "STEPS", 3)
+    asked: list[tuple[str, Asked]] = []
+    ask = runs._ask
+
+    def noted(pipeline, recipe, name, count, **more) -> Asked:
+        asked.append((name, ask(pipeline, recipe, name, count, **more)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(runs, "_ask", noted)
     few_steps = judges.train_segmenter.__kwdefaults__ | {"steps": 3}
     monkeypatch.setattr(judges.train_segmenter, "__kwdefaults__", few_steps)
     output, work = tmp_path / "results", tmp_path / "work"
@@ -102,6 +110,9 @@ def test_from_training_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         count=32,
         device="cpu",
     )
+    judged = scenes_of(judging.SINGLE, "train", 1).class_names  # the hybrid's scenes have fewer
+    (_, told), _ = (each for each in asked if each[0] == "hybrid")
+    assert all(judged[e.label].replace("-", " ") in e.caption for e in told.examples)
     layout, hybrid = (read_result(output / f"{name}.json") for name in ("layout", "hybrid"))
     assert [gap.name for gap in layout.gaps] == ["class accuracy in the boxes", "IoU of the boxes"]
     assert hybrid.further["largest change outside the mask (of 255)"] == 0.0
