@@ -171,22 +171,34 @@ def side_by_side(
     Returns:
         The fields of a `Comparison` that are times and peaks.
     """
+    (times,) = each_beside([ours], theirs, options, execution, peak=peak, warm_up=warm_up)
+    return times
+
+
+def each_beside(
+    ours: Sequence[Callable[[], Any]],
+    theirs: Callable[[], Any],
+    options: argparse.Namespace,
+    execution: Execution,
+    *,
+    peak: bool = True,
+    warm_up: bool = True,
+) -> list[dict[str, tuple[float, ...]]]:
+    """Measure several of Mezzotint's calls and one of the peer's in turns, as `side_by_side`."""
     device, precision = execution.device, execution.precision
+    calls = [*ours, theirs]
     if warm_up:
-        ours(), theirs()
+        for call in calls:
+            call()
     peaks: list[float] = []
-    seconds: list[float] = []
-    peer_seconds: list[float] = []
+    seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(options.pairs):
         if peak:
             peaks.append(peak_flops(device, precision, **(_TINY_PEAK if options.tiny else {})))
-        seconds.append(seconds_of(ours, device))
-        peer_seconds.append(seconds_of(theirs, device))
-    return {
-        "seconds": tuple(seconds),
-        "peer_seconds": tuple(peer_seconds),
-        "peaks": tuple(peaks),
-    }
+        for call, taken in zip(calls, seconds, strict=True):
+            taken.append(seconds_of(call, device))
+    *mine, peer = map(tuple, seconds)
+    return [{"seconds": each, "peer_seconds": peer, "peaks": tuple(peaks)} for each in mine]
 
 
 def compare_networks(

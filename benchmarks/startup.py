@@ -1,11 +1,11 @@
 """Starting: importing the package, and pictures from a cold shell, beside diffusers.
 
-    python -m benchmarks.startup [--only import] [--model runs/demo]
+    python -m benchmarks.startup [--only import] [--model emoji]
 
 Each is a process of its own, from its start to its end: ``import mezzotint`` beside ``import
 diffusers`` and beside Python alone; four pictures of a tiny Stable Diffusion by ``mezzotint
-sample`` beside a script that draws them with diffusers; and four pictures of the demonstration's
-model (with random weights, or the one of --model) beside a process that imports torch and ends.
+sample`` beside a script that draws them with diffusers; and four pictures of the model that is
+shipped, with its own sampler and steps, beside a process that imports torch and ends.
 """
 
 import statistics
@@ -15,9 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from benchmarks.random_models import liven, stable_diffusion
+from benchmarks.random_models import stable_diffusion
 from benchmarks.side_by_side import (
     Comparison,
     execution_of,
@@ -26,17 +24,9 @@ from benchmarks.side_by_side import (
     side_by_side,
     work_folder,
 )
-from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.build import build_conditioner, main_config
-from mezzotint.conditioning.text import train_tokenizer
 from mezzotint.device import precision_name
-from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
-from mezzotint.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from mezzotint.models.unet import UNet
-from mezzotint.training.recipe import AutoencoderRecipe, DiffusionRecipe
-from mezzotint.training.run import load_recipe
 
-PARTS = ("import", "packages", "sample", "demo")
+PARTS = ("import", "packages", "sample", "shipped")
 PROMPT, PICTURES = "a red apple", 4
 IMPORT_SECONDS, SAMPLE_SECONDS = 0.1, 6
 ALONE, TORCH = "Python alone", "import torch"
@@ -63,27 +53,6 @@ def process(*words: str | Path) -> Call:
     return call
 
 
-def demo_model(folder: Path) -> Path:
-    """Write a model of the shape of the demonstration's, with random weights."""
-    diffusion, stage = load_recipe("emoji-demo"), load_recipe("emoji-demo-autoencoder")
-    assert isinstance(diffusion, DiffusionRecipe) and isinstance(stage, AutoencoderRecipe)
-    assert isinstance(stage.model, AutoencoderKLConfig)
-    text = main_config(diffusion.conditioning)
-    assert text is not None
-    tokenizer = train_tokenizer([PROMPT], 512)
-    model = LatentDiffusion(
-        AutoencoderKL(stage.model),
-        UNet(diffusion.unet),
-        build_conditioner(text, tokenizer),
-        diffusion.schedule,
-        LatentNormalization.from_scale_factor(1.0),
-        (diffusion.data.resolution, diffusion.data.resolution),
-    )
-    liven(model, 0)
-    save_model(model.eval(), folder, dtype=torch.float32)
-    return folder
-
-
 def processes(part: str, work: Path, options: Namespace) -> tuple[str, str, Call, Call]:
     """Return what of a part is measured: in words, beside what, and the two commands.
 
@@ -99,16 +68,15 @@ def processes(part: str, work: Path, options: Namespace) -> tuple[str, str, Call
         return "import mezzotint, in Python as it starts", peer, ours, process(python, "-c", code)
     drawn = work / "drawn"
     drawn.mkdir(exist_ok=True)
-    told = ("--num-images", str(PICTURES), "--steps", steps)
-    told += ("--device", options.device, "--precision", options.precision, "-o", drawn)
-    if part == "demo":
-        model = options.model or demo_model(work / "demo")
-        what = f"mezzotint sample -n {PICTURES} of the demonstration's model, {steps} steps"
-        ours = process(MEZZOTINT, "sample", model, PROMPT, *told)
+    told = ("--num-images", str(PICTURES), "-o", drawn)
+    told += ("--device", options.device, "--precision", options.precision)
+    if part == "shipped":
+        what = f"mezzotint sample {options.model} -n {PICTURES}"
+        ours = process(MEZZOTINT, "sample", options.model, PROMPT, *told)
         return what, TORCH, ours, process(python, "-c", TORCH)
     stable = stable_diffusion(work, tiny=True)
     what = f"mezzotint sample -n {PICTURES} of a tiny Stable Diffusion, {steps} steps"
-    ours = process(MEZZOTINT, "sample", stable, PROMPT, *told)
+    ours = process(MEZZOTINT, "sample", stable, PROMPT, "--steps", steps, *told)
     theirs = process(python, "-c", _THEIRS, stable, PROMPT, steps, drawn)
     return what, "the same in a script of diffusers, float32", ours, theirs
 
@@ -117,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the result."""
     parser = options_parser(__doc__, ("diffusers",))
     parser.add_argument("--only", nargs="+", choices=PARTS, help="by default all")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--model", type=Path, help="a run of emoji-demo; by default random")
+    parser.add_argument("--steps", type=int, default=20, help="of the tiny Stable Diffusion")
+    parser.add_argument("--model", default="emoji", help="a shipped model, or a folder")
     options = parser.parse_args(arguments)
     execution = execution_of(options)
     compared: list[Comparison] = []
@@ -135,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds -= statistics.median(each.peer_seconds)
             print(f"import mezzotint itself: {seconds:.3f} s (at most {IMPORT_SECONDS})")
         elif each.peer == TORCH:
-            print(f"the demonstration's pictures: {seconds:.1f} s (at most {SAMPLE_SECONDS})")
+            print(f"{each.what}: {seconds:.1f} s (at most {SAMPLE_SECONDS})")
 
 
 if __name__ == "__main__":

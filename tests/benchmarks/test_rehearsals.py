@@ -1,6 +1,7 @@
 """Every comparison with a peer, rehearsed with tiny networks."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,6 @@ from benchmarks.peers import running
 from benchmarks.side_by_side import AGREEMENT, Comparison, Record
 
 from benchmarks import decode, growth, performance, startup, text_to_image, training_step, unet_step
-from mezzotint.generation.pipeline import load
 
 
 def rehearse(module: ModuleType, work: Path, output: Path, *words: str) -> Record:
@@ -58,7 +58,12 @@ def test_whole_pictures_are_the_same(work: Path, tmp_path: Path) -> None:
 def test_approximations_are_named(work: Path, tmp_path: Path) -> None:
     words = ["--feature-reuse", "2", "--guidance-interval", "0.5", "5", "--steps", "4"]
     record = rehearse(text_to_image, work, tmp_path, *words, "--precision", "float32")
-    assert one(record).mezzotint == "float32, feature reuse 2, guided from 0.5 to 5"
+    exact, near = record.comparisons
+    assert exact.mezzotint == "float32"
+    assert near.mezzotint == "float32, feature reuse 2, guided from 0.5 to 5"
+    assert exact.peer_seconds == near.peer_seconds and exact.seconds != near.seconds
+    assert exact.difference is not None and exact.difference <= text_to_image.AGREEMENT
+    assert near.difference is not None and near.difference > exact.difference
     assert "--guidance-interval 0.5 5.0" in record.command
     words = ["--quantization", "int8", "--precision", "float32", "--peer", "diffusers"]
     record = rehearse(unet_step, work, tmp_path, *words)
@@ -142,11 +147,12 @@ def test_importing_is_measured_in_processes(
     assert "import mezzotint itself" in capsys.readouterr().out
 
 
-def test_the_demonstrations_model_draws(tmp_path: Path) -> None:
-    pipeline = load(startup.demo_model(tmp_path / "demo"), device="cpu", precision="float32")
-    drawn = pipeline.generate(startup.PROMPT, num_images=2, steps=2)
-    assert drawn[0].image.size == (48, 48)
-    assert drawn[0].image.tobytes() != drawn[1].image.tobytes()
+def test_the_shipped_model_draws_from_a_cold_shell(tmp_path: Path) -> None:
+    told = Namespace(model="emoji", device="cpu", precision="float32", steps=20)
+    what, peer, ours, _ = startup.processes("shipped", tmp_path, told)
+    ours()
+    assert (what, peer) == ("mezzotint sample emoji -n 4", "import torch")
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
 
 
 @pytest.mark.parametrize(("peer", "inference"), [("diffusers", False), ("diffusers-best", True)])
