@@ -140,6 +140,28 @@ def test_pieces_give_what_one_gives(plan: Path, whole: Programme, tmp_path: Path
     assert train(pieces), "what is finished stays so"
 
 
+def test_a_stage_begins_from_the_weights_of_another(whole: Programme, tmp_path: Path) -> None:
+    plan = tmp_path / "plan"
+    shutil.copytree(whole.plan, plan)
+    flow = {**TEXT, "initial": "pretraining", "schedule": {"kind": "flow"}}
+    (plan / "text-to-image.yaml").rename(plan / "pretraining.yaml")
+    (plan / "text-to-image.yaml").write_text(yaml.safe_dump(flow))
+    programme = Programme("tiny", plan, tmp_path / "work")
+    assert programme.stages == ("autoencoder", "pretraining", "text-to-image")
+    for stage, made in (("autoencoder", "autoencoder"), ("pretraining", "text-to-image")):
+        shutil.copytree(whole.work / made / "half", programme.work / stage / "half")
+    assert not train(programme, 1)
+    begun, _ = newest_checkpoint(programme.work / "text-to-image" / "checkpoints")
+    assert begun is not None
+    # a step of the warm-up is a third of 1e-3 at most
+    for name, before in weights(whole).items():
+        assert torch.allclose(begun.tensors["weights"][f"unet.{name}"], before.float(), atol=5e-4)
+    assert train(programme)
+    folder = ship(programme, tmp_path / "models")
+    assert {path.stem for path in folder.glob("*.yaml")} == set(programme.stages)
+    assert any("pretraining" in line for line in describe_training("tiny", read_made(folder)))
+
+
 def test_what_is_carried_goes_on_from_averages_and_warms_up(
     plan: Path, whole: Programme, tmp_path: Path
 ) -> None:
@@ -216,10 +238,12 @@ def test_what_is_not_finished_or_too_large_is_not_shipped(
 
 
 def test_the_plans_are_recipes_whose_models_fit() -> None:
-    for device in ("cpu", "gpu"):
+    for device, more in (("cpu", ("pretraining",)), ("gpu", ())):
         programme = open_programme("emoji", device, None, CPU)
-        assert programme.stages == ("autoencoder", "text-to-image")
-        first, text = (programme.recipe(stage) for stage in programme.stages)
+        assert programme.stages == ("autoencoder", *more, "text-to-image")
+        first, *before, text = (programme.recipe(stage) for stage in programme.stages)
+        assert text.initial == (f"runs/shipped/emoji-{device}/pretraining/half" if more else None)
+        assert all(each.unet == text.unet and each.data == text.data for each in before)
         assert text.data.resolution == first.data.resolution
         assert text.unet.out_channels == first.model.latent_channels
         assert text.first_stage.path == f"runs/shipped/emoji-{device}/autoencoder/half"

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ __all__ = [
     "train_stage",
 ]
 
-STAGES = ("autoencoder", "text-to-image", "upscale", "inpaint", "scenes")
+STAGES = ("autoencoder", "pretraining", "text-to-image", "upscale", "inpaint", "scenes")
 HALF = "half"  # of a finished stage: the model in float16, as it is shipped
 _PLANS = Path(__file__).parent / "plans"
 _ROOT = Path(__file__).parents[2]
@@ -60,15 +61,19 @@ class Programme:
         return tuple(stage for stage in STAGES if (self.plan / f"{stage}.yaml").is_file())
 
     def recipe(self, stage: str) -> Recipe:
-        """Return a stage's recipe; the first stage that it names is another stage's result."""
+        """Return a stage's recipe; the models that it names are other stages' results."""
         recipe = load_recipe(self.plan / f"{stage}.yaml")
-        first = getattr(recipe, "first_stage", None)
-        if isinstance(recipe, DiffusionRecipe) and isinstance(first, TrainedFirstStage):
-            path = self.work / str(first.path) / HALF
-            return recipe.model_copy(
-                update={"first_stage": TrainedFirstStage(path=path.as_posix())}
-            )
-        return recipe
+        if not isinstance(recipe, DiffusionRecipe):
+            return recipe
+        made: dict[str, Any] = {}
+        if isinstance(recipe.first_stage, TrainedFirstStage):
+            made["first_stage"] = TrainedFirstStage(path=self._result(str(recipe.first_stage.path)))
+        if recipe.initial is not None:
+            made["initial"] = self._result(recipe.initial)
+        return recipe.model_copy(update=made)
+
+    def _result(self, stage: str) -> str:
+        return (self.work / stage / HALF).as_posix()
 
 
 @dataclass(frozen=True)
