@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mezzotint.nn.attention import GEGLU
 from mezzotint.nn.packed import (
     PackedConv2d,
+    PackedGEGLU,
+    PackedHalves,
     PackedLinear,
     PackedUpsample,
     WinogradConv2d,
@@ -32,8 +35,15 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(70, 130), (3, 7, 70)),
     "linear without bias": (lambda: nn.Linear(96, 64, bias=False), (5, 96)),
     "upsampling": (lambda: Upsample(32), (2, 32, 5, 6)),
+    "gate": (lambda: GEGLU(70, 96), (3, 7, 70)),
 }
-KINDS = (PackedConv2d, PackedLinear, PackedUpsample)
+KINDS = (PackedConv2d, PackedGEGLU, PackedLinear, PackedUpsample)
+ROUND_OTHERWISE = ("upsampling", "gate")
+
+
+def inner(layer: nn.Module) -> Any:
+    """The layer that has the weight."""
+    return next((child for child in layer.children()), layer)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -62,7 +72,7 @@ def test_float32_is_the_plain_layer_s_to_the_order_of_its_sums(name: str) -> Non
     assert torch.allclose(network(x), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "upsampling"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ROUND_OTHERWISE])
 @torch.no_grad()
 def test_bfloat16_is_the_plain_layer_s_to_the_last_bit_but_for_near_ties(name: str) -> None:
     network, x = build(name, torch.bfloat16)
@@ -82,6 +92,37 @@ def test_doubling_in_bfloat16_rounds_hardly_more_than_the_plain_layers() -> None
     plain = (network(x).double() - exact).norm()
     pack(network, torch.bfloat16)
     assert (network(x).double() - exact).norm() < 1.5 * plain
+
+
+@torch.no_grad()
+def test_a_gate_in_bfloat16_is_nearer_to_the_exact_one_than_the_plain_layer_s() -> None:
+    network, x = build("gate", torch.bfloat16)
+    exact = copy.deepcopy(network).double()(x.double())
+    plain = (network(x).double() - exact).norm()
+    pack(network, torch.bfloat16)
+    assert network(x).dtype is torch.bfloat16
+    assert (network(x).double() - exact).norm() < 0.95 * plain
+
+
+@torch.no_grad()
+def test_what_acts_on_a_gate_s_linear_layer_acts() -> None:
+    network, x = build("gate")
+    pack(network, torch.float32)
+    halves = network[0].proj
+    assert isinstance(halves, PackedHalves)
+    value, gate = halves(x).chunk(2, dim=-1)
+    gelu = nn.functional.gelu
+    assert torch.allclose(network(x), value * gelu(gate), atol=1e-5)
+    handle = halves.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert torch.allclose(network(x), (value + 1) * gelu(gate + 1), atol=1e-5)
+    handle.remove()
+    handle = halves.register_forward_pre_hook(lambda module, inputs: (0 * inputs[0],))
+    first, second = halves.bias.chunk(2)
+    assert torch.allclose(network(x), (first * gelu(second)).expand(3, 7, 96), atol=1e-5)
+    handle.remove()
+    halves.weight = nn.Parameter(0 * halves.weight)
+    assert torch.allclose(network(x), (first * gelu(second)).expand(3, 7, 96), atol=1e-5)
+    assert type(network[0]) is GEGLU
 
 
 @pytest.mark.parametrize("size", [(9, 12), (10, 11)])
@@ -164,12 +205,12 @@ def test_wider_weights_are_kept_as_they_are(name: str) -> None:
     ],
     ids=["train", "to", "load_state_dict", "weight ="],
 )
-@pytest.mark.parametrize("name", ["3x3", "linear", "upsampling"])
+@pytest.mark.parametrize("name", ["3x3", "linear", "upsampling", "gate"])
 def test_what_changes_a_layer_makes_it_plain(name: str, change: Any) -> None:
     network, x = build(name)
     plain, state = network(x), copy.deepcopy(network.state_dict())
     pack(network, torch.float32)
-    layer = getattr(network[0], "conv", network[0])
+    layer = inner(network[0])
     change(network)
     assert type(layer) in (nn.Conv2d, nn.Linear)
     assert list(dict(layer.named_parameters())) == ["weight", "bias"]
@@ -177,7 +218,7 @@ def test_what_changes_a_layer_makes_it_plain(name: str, change: Any) -> None:
     assert torch.equal(layer.weight.float(), next(iter(state.values())))
     assert torch.allclose(network(x.to(layer.weight.dtype)).float(), plain, atol=1e-5)
     # at that call upsampling lets go of what it had packed
-    assert type(network[0]) in (nn.Conv2d, nn.Linear, Upsample)
+    assert type(network[0]) in (nn.Conv2d, nn.Linear, Upsample, GEGLU)
     assert not is_packed(network)
     assert set(vars(network[0])) == set(vars(build(name)[0][0]))
 
@@ -193,14 +234,14 @@ def test_what_changes_a_layer_makes_it_plain(name: str, change: Any) -> None:
     ids=["in place", "data", "bias =", "none"],
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["3x3", "linear", "upsampling"])
+@pytest.mark.parametrize("name", ["3x3", "linear", "upsampling", "gate"])
 @torch.no_grad()
 def test_a_changed_bias_counts(name: str, precision: torch.dtype, change: Any) -> None:
     network, x = build(name)
     plain = copy.deepcopy(network)
     pack(network, precision)
     for one in (network, plain):
-        change(getattr(one[0], "conv", one[0]))
+        change(inner(one[0]))
     assert is_packed(network)
     atol = 1e-5 if precision is torch.float32 else 0.05
     assert torch.allclose(network(x).float(), plain(x), atol=atol)
@@ -223,7 +264,7 @@ def test_gradients_of_the_input_are_the_plain_layer_s(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_shapes_of_weights_are_known_without_unpacking(name: str) -> None:
     network, _ = build(name)
-    layer = getattr(network[0], "conv", network[0])
+    layer = inner(network[0])
     shape = layer.weight.shape
     assert weight_shape(layer) == tuple(shape)
     pack(network, torch.float32)

@@ -14,7 +14,14 @@ from mezzotint.nn.kept_context import KeptContext
 from mezzotint.nn.tiled_attention import attend_in_tiles, suits_tiles
 from mezzotint.nn.token_merging import TokenMerging
 
-__all__ = ["Attention", "AttentionBlock", "SpatialTransformer", "TransformerBlock", "attend"]
+__all__ = [
+    "GEGLU",
+    "Attention",
+    "AttentionBlock",
+    "SpatialTransformer",
+    "TransformerBlock",
+    "attend",
+]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -137,13 +144,19 @@ class AttentionBlock(Attention):
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202)."""
+    """A linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202).
+
+    Args:
+        dim: Width of the input.
+        out_dim: Width of the output.
+    """
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, 2 * out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(…, dim)`` to ``(…, out_dim)``."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mezzotint.nn.attention import GEGLU
 from mezzotint.nn.resnet import Upsample
 from mezzotint.nn.winograd import convolve, transform_weight
 
-__all__ = ["Packed", "PackedConv2d", "PackedLinear", "PackedUpsample", "WinogradConv2d", "pack"]
-__all__ += ["WINOGRAD_PIXELS", "is_packed", "weight_shape"]
+__all__ = ["Packed", "PackedConv2d", "PackedGEGLU", "PackedHalves", "PackedLinear"]
+__all__ += ["PackedUpsample", "WINOGRAD_PIXELS", "WinogradConv2d", "is_packed", "pack"]
+__all__ += ["weight_shape"]
 
 _HELD = {
-    *("_weight", "_wide", "_learns", "_transformed", "_doubling", "_made_of"),
+    *("_weight", "_wide", "_learns", "_transformed", "_second", "_doubling", "_made_of"),
     *("_scales", "_precision", "_of_before", "_multiplies"),  # of those in int8
 }
 _ops: Any = torch.ops.mkldnn  # made for torch's compiler; they take tensors outside of it as well
@@ -61,6 +63,8 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
     for layer in list(network.modules()):
         if isinstance(layer, Upsample) and _is_plain(layer.conv):
             PackedUpsample.adopt(layer, precision)
+        elif isinstance(layer, GEGLU) and _is_plain(layer.proj):
+            PackedGEGLU.adopt(layer, precision)
         elif _is_plain(layer):
             kind = PackedLinear
             if isinstance(layer, nn.Conv2d):
@@ -134,6 +138,11 @@ class Packed(nn.Module):
     def precisions(self) -> tuple[torch.dtype, torch.dtype]:
         """What the plain layer's weight is in, and what this one computes in."""
         return (self._weight if self._wide is None else self._wide).dtype, self._weight.dtype
+
+    @property
+    def hooked(self) -> bool:
+        """Whether something acts on what the layer is given or returns."""
+        return any(vars(self)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
 
     def runs_plainly(self, input: Tensor) -> bool:
         """Whether an input is for the plain layer: a gradient is to flow, or no autocast narrows.
@@ -257,6 +266,77 @@ class PackedLinear(Packed, nn.Linear):
         return _ops._linear_pointwise(x, self._weight, self.small_bias, "none", [], "")
 
 
+class PackedHalves(PackedLinear):
+    """A linear layer whose outputs are packed in two halves, one of which is to gate the other."""
+
+    _second: Tensor
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        first, second = weight.chunk(2)
+        self._second = super()._in_order(second.contiguous())
+        return super()._in_order(first.contiguous())
+
+    def _as_plain(self) -> Tensor:
+        if self._wide is not None:
+            return self._wide
+        return torch.cat([self._weight.to_dense(), self._second.to_dense()])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(…, in_features)`` to ``(…, out_features)``."""
+        if self.runs_plainly(input):
+            return F.linear(input, self.weight, self.bias)
+        x, biases = input.to(self._weight.dtype), self._biases()
+        weights = self._weight, self._second
+        return torch.cat(
+            [
+                _ops._linear_pointwise(x, weight, bias, "none", [], "")
+                for weight, bias in zip(weights, biases, strict=True)
+            ],
+            dim=-1,
+        )
+
+    def gated(self, input: Tensor) -> Tensor:
+        """Map ``(…, in_features)`` to the first half times the GELU of the second.
+
+        Both happen before a product's sum is rounded and written.
+        """
+        x, (first, second) = input.to(self._weight.dtype), self._biases()
+        gate = _ops._linear_pointwise(x, self._second, second, "gelu", [], "none")
+        return _ops._linear_pointwise.binary(x, gate, self._weight, first, "mul")
+
+    def _biases(self) -> Sequence[Tensor | None]:
+        bias = self.small_bias
+        return (None, None) if bias is None else bias.chunk(2)
+
+
+class PackedGEGLU(GEGLU):
+    """A gated layer whose gate is applied where the products are added.
+
+    What is multiplied is not rounded before, so that in bfloat16 the result is nearer to the exact
+    one than the plain layer's.
+    """
+
+    @classmethod
+    def adopt(cls, layer: GEGLU, precision: torch.dtype) -> None:
+        """Turn a plain layer into this one, and its linear layer into a packed one."""
+        PackedHalves.adopt(layer.proj, precision)
+        layer.__class__ = cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(…, dim)`` to ``(…, out_dim)``."""
+        halves: nn.Module = self.proj
+        if not isinstance(halves, PackedHalves):
+            self.__class__ = GEGLU  # pyright: ignore[reportAttributeAccessIssue]
+            return GEGLU.forward(self, x)
+        if halves.hooked or halves.runs_plainly(x):
+            return super().forward(x)
+        return halves.gated(x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the plain layer."""
+        return object.__new__, (GEGLU,), dict(vars(self))
+
+
 class PackedUpsample(Upsample):
     """Doubling and a convolution of size 3 as one transposed convolution of size 4.
 
@@ -307,8 +387,7 @@ class PackedUpsample(Upsample):
 
     def _may_double(self, conv: PackedConv2d, x: Tensor) -> bool:
         """Whether nothing acts on the convolution."""
-        hooked = any(vars(conv)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
-        return conv.padding_mode == "zeros" and not (hooked or conv.runs_plainly(x))
+        return conv.padding_mode == "zeros" and not (conv.hooked or conv.runs_plainly(x))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the plain layer."""
