@@ -24,9 +24,10 @@ LABELS = {"batch": "pictures at once", "resolution": "side in pixels", "steps": 
 
 _ABOUT = """# Performance
 
-Each row is one run, in which Mezzotint and the peer were measured in turns, A B A B, in one process
-or, where something starts, in processes of their own. The ratio is the median over the pairs of
-Mezzotint's time by the peer's: below 1, Mezzotint is faster. The peak is that of the same device,
+Each row is of one run, in which Mezzotint and the peer were measured in turns, A B A B, in one
+process or, where something starts, in processes of their own; where Mezzotint draws in two ways
+beside the same peer, A A B A A B. The ratio is the median over the pairs of Mezzotint's time by the
+peer's: below 1, Mezzotint is faster. The peak is that of the same device,
 precision and run: {peak}. Weights are random and the same for both; `differ` is the
 largest difference between the results over the largest value of the peer's. `python -m
 benchmarks.performance` wrote this page from the raw numbers in `docs/results/performance`.

@@ -5,7 +5,7 @@
 Each is a process of its own, from its start to its end: ``import mezzotint`` beside ``import
 diffusers`` and beside Python alone; four pictures of a tiny Stable Diffusion by ``mezzotint
 sample`` beside a script that draws them with diffusers; and four pictures of the model that is
-shipped, with its own sampler and steps, beside a process that imports torch and ends.
+shipped, as it draws by default, beside a process that imports torch and ends.
 """
 
 import statistics

@@ -120,6 +120,9 @@ def test_what_acts_on_a_gate_s_linear_layer_acts() -> None:
     first, second = halves.bias.chunk(2)
     assert torch.allclose(network(x), (first * gelu(second)).expand(3, 7, 96), atol=1e-5)
     handle.remove()
+    halves.forward = lambda input: torch.ones(3, 7, 192)
+    assert torch.allclose(network(x), gelu(torch.ones(3, 7, 96)), atol=1e-5)
+    del halves.forward
     halves.weight = nn.Parameter(0 * halves.weight)
     assert torch.allclose(network(x), (first * gelu(second)).expand(3, 7, 96), atol=1e-5)
     assert type(network[0]) is GEGLU
@@ -279,6 +282,17 @@ def test_small_layers_and_layers_of_another_class_stay_as_they_are() -> None:
     network = nn.Sequential(nn.Linear(8, 8), Doubled(64, 64)).eval()
     pack(network, torch.float32)
     assert [type(layer) for layer in network] == [nn.Linear, Doubled]
+
+    class Twice(GEGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    gate = Twice(64, 64).eval()
+    x = draw(3, 64)
+    plain = gate(x)
+    pack(gate, torch.float32)
+    assert type(gate) is Twice and type(gate.proj) is PackedLinear
+    assert torch.allclose(gate(x), plain, atol=1e-5)
 
 
 def test_networks_that_train_are_not_packed() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tools.train_shipped.programme import (
     is_finished,
     open_programme,
     pieces_of,
+    record,
     run_piece,
     steps_done,
 )
@@ -150,6 +152,11 @@ def test_a_stage_begins_from_the_weights_of_another(whole: Programme, tmp_path: 
     assert programme.stages == ("autoencoder", "pretraining", "text-to-image")
     for stage, made in (("autoencoder", "autoencoder"), ("pretraining", "text-to-image")):
         shutil.copytree(whole.work / made / "half", programme.work / stage / "half")
+    mine = [
+        replace(piece, stage="pretraining") if piece.stage == "text-to-image" else piece
+        for piece in pieces_of(whole.work)
+    ]
+    record(programme.work, mine)
     assert not train(programme, 1)
     begun, _ = newest_checkpoint(programme.work / "text-to-image" / "checkpoints")
     assert begun is not None
@@ -159,7 +166,50 @@ def test_a_stage_begins_from_the_weights_of_another(whole: Programme, tmp_path: 
     assert train(programme)
     folder = ship(programme, tmp_path / "models")
     assert {path.stem for path in folder.glob("*.yaml")} == set(programme.stages)
-    assert any("pretraining" in line for line in describe_training("tiny", read_made(folder)))
+    card = "\n".join(describe_training("tiny", read_made(folder)))
+    assert "**pretraining**: 6 steps" in card
+    assert "**text-to-image**: 6 steps" in card.split("**pretraining**")[1]
+    assert card.count("Begun from the weights of pretraining.") == 1
+    record(programme.work, mine[:1])
+    with pytest.raises(TrainingError, match="history.json says nothing of pretraining"):
+        ship(programme, tmp_path / "models")
+
+
+def test_weights_of_another_plan_are_refused(plan: Path, whole: Programme, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(plan, other)
+    flow = {**TEXT, "schedule": {"kind": "flow"}, "budget": {"max_steps": 7}}
+    (other / "text-to-image.yaml").write_text(yaml.safe_dump(flow))
+    shutil.copytree(whole.work, tmp_path / "work")
+    finished = Programme("tiny", other, tmp_path / "work")
+    wrong = "text-to-image/half: trained by a recipe that has other values of schedule"
+    with pytest.raises(ConfigError, match=wrong):
+        train(finished)
+    with pytest.raises(ConfigError, match=wrong):
+        ship(finished, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+    here = Programme("tiny", other, tmp_path / "here")
+    carry_out(whole, tmp_path / "carried")
+    with pytest.raises(ConfigError, match=wrong):
+        carry_in(here, tmp_path / "carried")
+    shutil.rmtree(tmp_path / "carried" / "text-to-image")
+    begun = Programme("tiny", plan, tmp_path / "begun")
+    shutil.copytree(whole.work / "autoencoder" / "half", begun.work / "autoencoder" / "half")
+    train(begun, 2)
+    carry_out(begun, tmp_path / "carried")
+    with pytest.raises(ConfigError, match="carried/text-to-image: trained by a recipe"):
+        carry_in(here, tmp_path / "carried")
+    (tmp_path / "carried" / "text-to-image" / "plan.yaml").unlink()
+    with pytest.raises(ConfigError, match="no plan.yaml says what made these weights"):
+        carry_in(here, tmp_path / "carried")
+
+
+def test_a_stage_begins_only_from_one_before_it(plan: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "plan"
+    shutil.copytree(plan, wrong)
+    (wrong / "text-to-image.yaml").write_text(yaml.safe_dump({**TEXT, "initial": "autoencoders"}))
+    with pytest.raises(ConfigError, match="'autoencoders' is no stage before it: did you mean"):
+        open_programme("tiny", str(wrong), tmp_path / "work", CPU)
 
 
 def test_what_is_carried_goes_on_from_averages_and_warms_up(
@@ -243,11 +293,13 @@ def test_the_plans_are_recipes_whose_models_fit() -> None:
         assert programme.stages == ("autoencoder", *more, "text-to-image")
         first, *before, text = (programme.recipe(stage) for stage in programme.stages)
         assert text.initial == (f"runs/shipped/emoji-{device}/pretraining/half" if more else None)
-        assert all(each.unet == text.unet and each.data == text.data for each in before)
+        for other in before:
+            for part in ("unet", "data", "conditioning", "first_stage"):
+                assert getattr(other, part) == getattr(text, part)
         assert text.data.resolution == first.data.resolution
         assert text.unet.out_channels == first.model.latent_channels
         assert text.first_stage.path == f"runs/shipped/emoji-{device}/autoencoder/half"
-        assert all(recipe.budget.max_minutes is None for recipe in (first, text))
+        assert all(recipe.budget.max_minutes is None for recipe in (first, *before, text))
 
 
 def test_nothing_of_the_assets_is_left_out_of_the_wheel() -> None:
@@ -262,7 +314,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for arguments, message in (
         (["emoji", "--budget", "9"], "--budget 9: expected a time such as 9m, 90s or 1.5h"),
         (["emojis", "--plan", "cpu"], "no plan 'cpu' to train it by: did you mean 'emoji-cpu'"),
-        (["emoji", "--plan", str(tmp_path)], "no recipes here; expected autoencoder, text-to"),
+        (["emoji", "--plan", str(tmp_path)], "no recipes here; expected autoencoder, pretraining"),
         (
             ["emoji", "--work", str(tmp_path / "w"), "--carry-in", str(tmp_path)],
             "nothing was carried here; expected history.json in it",

@@ -21,9 +21,11 @@ from mezzotint.storage.safetensors_file import narrowed
 from mezzotint.training.checkpoint import newest_checkpoint, save_checkpoint
 from tools.train_shipped.programme import (
     HALF,
+    PLANNED,
     STAGES,
     Programme,
     is_finished,
+    must_follow,
     pieces_of,
     record,
     steps_done,
@@ -55,6 +57,7 @@ def carry_out(programme: Programme, folder: Path) -> None:
             shutil.copytree(run / HALF, place / HALF)
         elif steps_done(run):
             _write_average(run, place)
+            shutil.copyfile(programme.plan / f"{stage}.yaml", place / PLANNED)
     record(folder, pieces_of(programme.work))
 
 
@@ -100,6 +103,7 @@ def carry_in(programme: Programme, folder: Path) -> None:
     Raises:
         CheckpointError: If nothing was carried, it is not whole, or a newer Mezzotint
             wrote it.
+        ConfigError: If it was trained by another plan.
     """
     if not pieces_of(folder):
         raise CheckpointError(f"{folder}: nothing was carried here; expected history.json in it")
@@ -107,6 +111,7 @@ def carry_in(programme: Programme, folder: Path) -> None:
         run, place = programme.work / stage, folder / stage
         if is_finished(run) or not place.is_dir():
             continue
+        must_follow(programme, stage, place / HALF if is_finished(place) else place)
         if is_finished(place):
             run.mkdir(parents=True, exist_ok=True)
             temporary = run / f".{HALF}.tmp"
@@ -140,7 +145,7 @@ def _read_average(programme: Programme, stage: str, place: Path) -> bool:
     run.mkdir(parents=True, exist_ok=True)
     if (place / _TOKENIZER).is_file():
         shutil.copyfile(place / _TOKENIZER, run / _TOKENIZER)
-    # with the first stage's path of this machine; the checkpoint knows its data and latents itself
+    # with paths of this machine; the checkpoint knows its data and latents itself
     (run / _RECIPE).write_text(to_yaml(programme.recipe(stage)), encoding="utf-8")
     groups = {state["group"]: weights, "ema": average}
     save_checkpoint(run / "checkpoints", state["step"], groups, state["values"])

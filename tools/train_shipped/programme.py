@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,14 +17,18 @@ from mezzotint.checkpoints.model import load_first_stage, load_model, save_first
 from mezzotint.errors import ConfigError, TrainingError, nearest
 from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.checkpoint import list_checkpoints
+from mezzotint.training.claim import differences
 from mezzotint.training.recipe import DiffusionRecipe, TrainedFirstStage
 from mezzotint.training.run import load_recipe, train
 
 __all__ = [
+    "HALF",
+    "PLANNED",
     "STAGES",
     "Piece",
     "Programme",
     "is_finished",
+    "must_follow",
     "open_programme",
     "pieces_of",
     "record",
@@ -34,6 +39,7 @@ __all__ = [
 
 STAGES = ("autoencoder", "pretraining", "text-to-image", "upscale", "inpaint", "scenes")
 HALF = "half"  # of a finished stage: the model in float16, as it is shipped
+PLANNED = "plan.yaml"  # beside weights: the recipe that they were trained by, as the plan has it
 _PLANS = Path(__file__).parent / "plans"
 _ROOT = Path(__file__).parents[2]
 _HISTORY = "history.json"
@@ -121,12 +127,43 @@ def open_programme(model: str, plan: str, work: Path | None, device: torch.devic
     programme = Programme(model, folder, work or Path("runs") / "shipped" / folder.name)
     if not programme.stages:
         raise ConfigError(f"{folder}: no recipes here; expected {', '.join(STAGES)} as *.yaml")
+    for place, stage in enumerate(programme.stages):
+        initial = getattr(load_recipe(folder / f"{stage}.yaml"), "initial", None)
+        before = programme.stages[:place]
+        if initial is not None and initial not in before:
+            raise ConfigError(
+                f"{folder / stage}.yaml: initial: {initial!r} is no stage before it:"
+                f" {nearest(initial, before)}"
+            )
     return programme
 
 
 def is_finished(run: Path) -> bool:
     """Whether a stage has spent its budget, and its model stands there as it is shipped."""
     return any((run / HALF / name).is_file() for name in _LAST_WRITTEN)
+
+
+def must_follow(programme: Programme, stage: str, folder: Path) -> None:
+    """Refuse weights that another recipe than the plan's made.
+
+    Args:
+        programme: Says what the plan is.
+        stage: That the weights are of.
+        folder: Where they stand, with `PLANNED` beside them.
+
+    Raises:
+        ConfigError: If the recipes differ in more than a continued run's may, or none stands there.
+    """
+    planned, wanted = folder / PLANNED, load_recipe(programme.plan / f"{stage}.yaml")
+    if not planned.is_file():
+        raise ConfigError(f"{folder}: no {PLANNED} says what made these weights; move them away")
+    stored = load_recipe(planned)
+    different = ["kind"] if type(stored) is not type(wanted) else differences(stored, wanted)
+    if different:
+        raise ConfigError(
+            f"{folder}: trained by a recipe that has other values of {', '.join(different)} than"
+            f" {programme.plan}; move it away, or take another --work"
+        )
 
 
 def steps_done(run: Path) -> int:
@@ -176,6 +213,7 @@ def run_piece(
     for stage in programme.stages:
         run = programme.work / stage
         if is_finished(run):
+            must_follow(programme, stage, run / HALF)
             continue
         if time.time() >= stop:
             return False
@@ -191,7 +229,7 @@ def run_piece(
             used, seconds = _named(device, count), round(time.time() - begun, 1)
             piece = Piece(stage, start, end, seconds, used, restarted)
             record(programme.work, [*pieces_of(programme.work), piece])
-        if not _finish(run):
+        if not _finish(programme, stage):
             return False
     return True
 
@@ -240,11 +278,12 @@ def _train_by_several(programme: Programme, stage: str, stop: float, count: int)
 
 
 @torch.no_grad()
-def _finish(run: Path) -> bool:
+def _finish(programme: Programme, stage: str) -> bool:
     """Write a stage's model in float16, if it has spent its budget; returns whether it has.
 
     What is trained on it is trained on the very numbers that are shipped.
     """
+    run = programme.work / stage
     model, half = run / "model", run / HALF
     if not any((model / name).is_file() for name in _LAST_WRITTEN):
         return False
@@ -253,5 +292,6 @@ def _finish(run: Path) -> bool:
         save_model(load_model(model), temporary, dtype=torch.float16)
     else:
         save_first_stage(*load_first_stage(model / "vae"), temporary / "vae", torch.float16)
+    shutil.copyfile(programme.plan / f"{stage}.yaml", temporary / PLANNED)
     temporary.replace(half)
     return True

@@ -13,7 +13,13 @@ from mezzotint.checkpoints.model import load_model, save_model
 from mezzotint.checkpoints.shipped import write_sums
 from mezzotint.errors import TrainingError
 from mezzotint.training.recipe import DiffusionRecipe
-from tools.train_shipped.programme import HALF, Programme, is_finished, pieces_of
+from tools.train_shipped.programme import (
+    HALF,
+    Programme,
+    is_finished,
+    must_follow,
+    pieces_of,
+)
 
 __all__ = ["CARD", "MODELS", "ROOT", "describe_training", "read_made", "ship"]
 
@@ -36,11 +42,16 @@ def ship(programme: Programme, models: Path = MODELS) -> Path:
         The model's folder.
 
     Raises:
-        TrainingError: If a stage is not finished, or the shipped models would be too large.
+        ConfigError: If a stage was trained by another plan.
+        TrainingError: If a stage is not finished, its training was not recorded, or the shipped
+            models would be too large.
     """
     for stage in programme.stages:
         if not is_finished(programme.work / stage):
             raise TrainingError(f"{programme.work / stage}: not finished; train on, then ship")
+        must_follow(programme, stage, programme.work / stage / HALF)
+        if all(piece.stage != stage for piece in pieces_of(programme.work)):
+            raise TrainingError(f"{programme.work}: history.json says nothing of {stage}")
     folder, temporary = models / programme.model, models / f".{programme.model}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     recipe = programme.recipe(_DRAWN)
@@ -52,7 +63,13 @@ def ship(programme: Programme, models: Path = MODELS) -> Path:
     save_model(model, temporary, dtype=torch.float16, defaults=defaults)
     shutil.copyfile(ROOT / "LICENSE", temporary / "LICENSE")
     pieces = [asdict(piece) for piece in pieces_of(programme.work)]
-    made = {"plan": programme.plan.name, "stages": programme.stages, "pieces": pieces}
+    begun = {stage: getattr(programme.recipe(stage), "initial", None) for stage in programme.stages}
+    made = {
+        "plan": programme.plan.name,
+        "stages": programme.stages,
+        "pieces": pieces,
+        "begun_from": {stage: Path(path).parent.name for stage, path in begun.items() if path},
+    }
     (temporary / _MADE).write_text(json.dumps(made, indent=1) + "\n")
     for stage in programme.stages:
         shutil.copyfile(programme.plan / f"{stage}.yaml", temporary / f"{stage}.yaml")
@@ -99,6 +116,8 @@ def describe_training(name: str, made: dict[str, Any]) -> list[str]:
         where = ", ".join(sorted({piece["device"] for piece in pieces}))
         steps = max((piece["end"] for piece in pieces), default=0)
         lines.append(f"- **{stage}**: {steps:,} steps in {minutes:.0f} minutes on {where}.")
+        if first := made["begun_from"].get(stage):
+            lines.append(f"  Begun from the weights of {first}.")
         if restarts := sum(piece["restarted"] for piece in pieces):
             lines.append(
                 f"  {restarts} of {len(pieces)} pieces began with averaged float16 weights and a"

@@ -3,7 +3,8 @@
 A plain layer hands its weight to oneDNN row by row, and at every call it is first brought into the
 kernel's own order; at coarse resolutions, where weights are larger than features, that takes as
 long as the layer's work. Packed layers hold it in that order. Results are those of plain layers:
-equal in bfloat16 but for near ties, in float32 to the order of sums.
+equal in bfloat16 but for near ties, in float32 to the order of sums; where two layers become one,
+less is rounded in between.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def pack(network: nn.Module, precision: torch.dtype, *, winograd: bool = False) 
     for layer in list(network.modules()):
         if isinstance(layer, Upsample) and _is_plain(layer.conv):
             PackedUpsample.adopt(layer, precision)
-        elif isinstance(layer, GEGLU) and _is_plain(layer.proj):
+        elif isinstance(layer, GEGLU) and _is_plain_gate(layer):
             PackedGEGLU.adopt(layer, precision)
         elif _is_plain(layer):
             kind = PackedLinear
@@ -89,6 +90,10 @@ def _is_plain(layer: nn.Module) -> bool:
     if type(layer) is not nn.Conv2d and type(layer) is not nn.Linear:
         return False  # sub-classes compute something of their own
     return layer.weight.numel() >= _LEAST
+
+
+def _is_plain_gate(layer: GEGLU) -> bool:
+    return type(layer) in (GEGLU, PackedGEGLU) and _is_plain(layer.proj)
 
 
 def _suits_winograd(layer: nn.Conv2d) -> bool:
@@ -125,7 +130,7 @@ class Packed(nn.Module):
 
     @property
     def packed(self) -> Tensor:
-        """The packed weight, which oneDNN alone can read."""
+        """The packed weight, or its first half, which oneDNN alone can read."""
         return self._weight
 
     @property
@@ -141,8 +146,9 @@ class Packed(nn.Module):
 
     @property
     def hooked(self) -> bool:
-        """Whether something acts on what the layer is given or returns."""
-        return any(vars(self)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
+        """Whether something acts on what the layer is given or returns, or takes its place."""
+        mine = vars(self)
+        return bool(mine["_forward_hooks"] or mine["_forward_pre_hooks"] or "forward" in mine)
 
     def runs_plainly(self, input: Tensor) -> bool:
         """Whether an input is for the plain layer: a gradient is to flow, or no autocast narrows.
@@ -312,8 +318,8 @@ class PackedHalves(PackedLinear):
 class PackedGEGLU(GEGLU):
     """A gated layer whose gate is applied where the products are added.
 
-    What is multiplied is not rounded before, so that in bfloat16 the result is nearer to the exact
-    one than the plain layer's.
+    In bfloat16 neither what is gated nor the sum before the GELU is rounded, so that the result is
+    nearer to the exact one than the plain layer's.
     """
 
     @classmethod

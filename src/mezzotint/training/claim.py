@@ -10,7 +10,7 @@ from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.checkpoint import list_checkpoints
 from mezzotint.training.log import WANDB_ID
 
-__all__ = ["claim"]
+__all__ = ["claim", "differences"]
 
 # what may differ between a run and its continuation without making it another run
 _CHANGEABLE = {"budget", "run", "optimizer", "description", "format_version", "precision"}
@@ -34,7 +34,7 @@ def claim(folder: Path, recipe: Recipe, resume: bool) -> None:
         raise TrainingError(f"{folder}: holds no run to go on with; check --output")
     if resume:
         stored = type(recipe).from_dict(read_yaml(record), str(record))
-        different = _differences(stored.to_dict(), recipe.to_dict())
+        different = differences(stored, recipe)
         if different:
             raise ConfigError(
                 f"{folder}: this run was begun with other values of {', '.join(different)};"
@@ -59,6 +59,14 @@ def claim(folder: Path, recipe: Recipe, resume: bool) -> None:
 def _holds_run(folder: Path) -> bool:
     there = any((folder / name).exists() for name in ("model", "best"))
     return there or bool(list_checkpoints(folder / "checkpoints"))
+
+
+def differences(stored: Recipe, wanted: Recipe) -> list[str]:
+    """Return the dotted keys in which two recipes of a kind train another model.
+
+    Those aside that may change when a run goes on, such as the budget.
+    """
+    return _differences(stored.to_dict(), wanted.to_dict())
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
