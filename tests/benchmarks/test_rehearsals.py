@@ -143,7 +143,7 @@ def test_importing_is_measured_in_processes(
 ) -> None:
     record = rehearse(startup, work, tmp_path, "--only", "import", "--precision", "float32")
     assert one(record).peer == "Python alone"
-    assert json.loads((tmp_path / "record.json").read_text())["command"].endswith("--steps 20")
+    assert json.loads((tmp_path / "record.json").read_text())["command"].endswith("--steps 20 --model emoji")
     assert "import mezzotint itself" in capsys.readouterr().out
 
 

@@ -116,7 +116,7 @@ def describe_training(name: str, made: dict[str, Any]) -> list[str]:
         where = ", ".join(sorted({piece["device"] for piece in pieces}))
         steps = max((piece["end"] for piece in pieces), default=0)
         lines.append(f"- **{stage}**: {steps:,} steps in {minutes:.0f} minutes on {where}.")
-        if first := made["begun_from"].get(stage):
+        if first := made.get("begun_from", {}).get(stage):
             lines.append(f"  Begun from the weights of {first}.")
         if restarts := sum(piece["restarted"] for piece in pieces):
             lines.append(
