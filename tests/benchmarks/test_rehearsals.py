@@ -1,6 +1,5 @@
 """Every comparison with a peer, rehearsed with tiny networks."""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -143,7 +142,7 @@ def test_importing_is_measured_in_processes(
 ) -> None:
     record = rehearse(startup, work, tmp_path, "--only", "import", "--precision", "float32")
     assert one(record).peer == "Python alone"
-    assert json.loads((tmp_path / "record.json").read_text())["command"].endswith("--steps 20 --model emoji")
+    assert record.command.endswith("--only import --steps 20 --model emoji")
     assert "import mezzotint itself" in capsys.readouterr().out
 
 
