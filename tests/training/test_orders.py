@@ -6,10 +6,17 @@ import pytest
 from PIL import Image
 
 from mezzotint.data import FolderData, FolderDataConfig
+from mezzotint.data.portraits import PortraitsData, PortraitsDataConfig
 from mezzotint.errors import ConfigError
 from mezzotint.training.batches import DataOrder
 from mezzotint.training.checkpoint import newest_checkpoint
-from mezzotint.training.orders import BucketOrder, ClassBalancedOrder, LeavingOut, build_order
+from mezzotint.training.orders import (
+    BucketOrder,
+    ClassBalancedOrder,
+    LeavingOut,
+    build_order,
+    spread,
+)
 
 LABELS = [0] * 12 + [1] * 3 + [4] * 5
 
@@ -125,3 +132,16 @@ def test_what_cannot_be_trained_on_buckets_is_told(tiny, folder):
     with pytest.raises(ConfigError, match="buckets: .*low_res.* takes squares"):
         changes = {"unet__cross_attention_dim": None, "unet__in_channels": 7}
         recipe(tiny, folder, 1, conditioning={"kind": "low_res"}, **changes)
+
+
+@pytest.mark.parametrize(("count", "length"), [(16, 16_384), (16, 96), (8, 8), (8, 11), (8, 3)])
+def test_previews_are_of_all_parts(count: int, length: int) -> None:
+    chosen = spread(PortraitsData(PortraitsDataConfig(count=length)), count)
+    count = min(count, length)
+    parts = [range(k * length // count, (k + 1) * length // count) for k in range(count)]
+    assert all(place in part for place, part in zip(chosen, parts, strict=True))
+
+
+def test_previews_of_data_that_come_round_differ() -> None:
+    data = PortraitsData(PortraitsDataConfig(count=16_384))  # 256 concepts, again and again
+    assert len({data.describe(k).label for k in spread(data, 16)}) > 12

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
 TrainingData = ImageData | ShardStream
 
 _CLASSES, _IMAGES, _BUCKET, _BATCHES = 0xC1A5, 0xC1A6, 0xB0C4, 0xB0C5  # keys of random numbers
+_GOLDEN = 0.618034  # whose multiples are never near a short cycle
 _STREAM_EPOCH = 50_000  # samples after which something is done that is done once an epoch
 
 
@@ -228,14 +230,19 @@ def epoch_length(data: TrainingData) -> int:
 
 
 def spread(data: TrainingData, count: int) -> list[int]:
-    """Return so many indices, evenly from the data, or fewer if there are fewer.
+    """Return so many indices, one from each of as many parts of the data, or fewer.
 
-    A folder's first images are all of one class; a stream's are shuffled.
+    A folder's first images are all of one class; a stream's are shuffled. Other data come round to
+    the same class again and again: places within the parts differ too.
     """
     if isinstance(data, ShardStream):
         return list(range(count))
     count = min(count, len(data))
-    return [k * len(data) // count for k in range(count)]
+    edges = [k * len(data) // count for k in range(count + 1)]
+    return [
+        start + int(k * _GOLDEN % 1 * (end - start))
+        for k, (start, end) in enumerate(pairwise(edges))
+    ]
 
 
 def drawn(data: TrainingData, count: int, seed: int) -> list[int]:
