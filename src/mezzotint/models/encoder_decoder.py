@@ -15,7 +15,7 @@ from mezzotint.device import give_back_freed_memory
 from mezzotint.nn.attention import AttentionBlock
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
-__all__ = ["ConvolutionalConfig", "Decoder", "Encoder"]
+__all__ = ["ConvolutionalConfig", "Decoder", "Encoder", "make_room"]
 
 _LARGE = 1 << 26  # bytes of features, as Stable Diffusion's of 512 x 512 pixels in bfloat16
 EPS = 1e-6  # of every normalisation of the published autoencoders
@@ -129,8 +129,12 @@ def _attention(config: ConvolutionalConfig, channels: int) -> AttentionBlock:
     return AttentionBlock(channels, heads=1, groups=config.norm_num_groups, eps=EPS)
 
 
-def _make_room(features: Tensor) -> None:
-    """Give freed memory back before the largest features, which fit nowhere in it, are made."""
+def make_room(features: Tensor) -> None:
+    """Give freed memory back before the largest features, which fit nowhere in it, are made.
+
+    Args:
+        features: About as large as what will be made.
+    """
     large = features.numel() * features.itemsize >= _LARGE
     if large and features.device.type == "cpu" and not torch.is_grad_enabled():
         give_back_freed_memory()
@@ -246,7 +250,7 @@ class Decoder(nn.Module):
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             if block is self.up_blocks[-1]:
-                _make_room(h)
+                make_room(h)
             h = block(h)
         h = F.silu(self.conv_norm_out(h), inplace=not torch.is_grad_enabled())
         return self.conv_out(h)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.device import widened
-from mezzotint.models.encoder_decoder import Decoder
+from mezzotint.models.encoder_decoder import Decoder, make_room
 from mezzotint.nn.resnet import ResnetBlock, Upsample
 
 __all__ = ["decode_in_stripes"]
 
-STRIPE = 16 << 20  # bytes of the map that a stripe is cut from
+STRIPE = 12 << 20  # bytes of the map that a stripe is cut from
 HELD = 5 << 28  # bytes of maps at a time, beyond which doubled ones are made anew when needed
 NARROW = 9 << 28  # bytes of two maps, beyond which they are held in bfloat16
 
@@ -147,6 +147,7 @@ class _Striped:
             if made is None:
                 shape = (1, rows.shape[1], *like.shape[2:])
                 too_large = rows.itemsize > 2 and 2 * math.prod(shape) * rows.itemsize > self.narrow
+                make_room(like.held)
                 # rows of a map whose channels lie last are neighbours in memory
                 held = torch.empty(
                     shape,
