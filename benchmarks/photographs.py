@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.data.images import FolderData, FolderDataConfig
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.evaluation.judges import Classifier, train_classifier

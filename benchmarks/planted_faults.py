@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 import mezzotint.training.run as training
-from mezzotint.checkpoints.model import load_first_stage, save_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage, save_first_stage
 from mezzotint.config import apply_overrides
 from mezzotint.data import open_data
 from mezzotint.data.base import Example

@@ -41,9 +41,9 @@ def first_stage_of(model: str | None) -> FirstStage:
     if model is None:
         torch.manual_seed(0)
         return AutoencoderKL(AutoencoderKLConfig()).eval()
+    from mezzotint.checkpoints.first_stages import as_first_stage
     from mezzotint.checkpoints.folder import load_component
     from mezzotint.checkpoints.load import load_any
-    from mezzotint.checkpoints.model import as_first_stage
 
     path = Path(model)
     if (path / "config.json").is_file():

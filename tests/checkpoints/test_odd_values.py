@@ -19,10 +19,11 @@ from tiny_pipelines import model as of_folder
 
 from mezzotint.checkpoints.compvis_config import parse_compvis_config, read_compvis_config
 from mezzotint.checkpoints.conditioners import load_conditioner
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.checkpoints.inspect import inspect_model
 from mezzotint.checkpoints.keys import Keys
 from mezzotint.checkpoints.load import load_any
-from mezzotint.checkpoints.model import load_first_stage, load_unet
+from mezzotint.checkpoints.model import load_unet
 from mezzotint.checkpoints.pipelines import save_pipeline
 from mezzotint.checkpoints.single_file import save_single_file
 from mezzotint.checkpoints.text_encoders import read_bert, read_clip

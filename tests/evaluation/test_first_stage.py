@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mezzotint import evaluate
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.checkpoints.folder import save_component
-from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.errors import CheckpointError, ConfigError, DataError, RequestError
 from mezzotint.evaluation.card import EvaluationCard, incomparable
 from mezzotint.evaluation.evaluate import default_protocol

@@ -2,19 +2,34 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tools.shipped_card import Asked, concept_accuracy, main, portraits_of
+from PIL import Image
+from tools.shipped_card.__main__ import main
+from tools.shipped_card.scoring import Asked, concept_accuracy, portraits_of, recipe_of
 
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import save_model
+from mezzotint.conditioning.spatial import (
+    HybridConditioner,
+    InpaintingConditioner,
+    InpaintingConditionerConfig,
+    LowResConditioner,
+    LowResConditionerConfig,
+)
 from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig, train_tokenizer
 from mezzotint.config import to_yaml
 from mezzotint.data.portraits import PortraitsData, PortraitsDataConfig, portrait_caption
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
-from mezzotint.models.autoencoder import IdentityFirstStage, IdentityFirstStageConfig
+from mezzotint.models.autoencoder import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    IdentityFirstStage,
+    IdentityFirstStageConfig,
+)
 from mezzotint.models.unet import UNet, UNetConfig
 from mezzotint.training.recipe import DiffusionRecipe
 
@@ -29,6 +44,9 @@ UNET = {
     "norm_num_groups": 4,
 }
 TEXT = {"kind": "text", "width": 8, "layers": 1, "heads": 2, "max_length": 12, "vocab_size": 128}
+VAE = AutoencoderKLConfig(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, mid_attention=False
+)
 CONCEPTS = ("red-apple", "fox", "key", "star", "guitar", "bus")
 
 
@@ -42,50 +60,103 @@ def test_pictures_of_what_was_asked_pass_and_pictures_of_something_else_do_not()
     assert concept_accuracy(data, asked, others) == 0.0
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """The folder of an untrained model, as it is shipped."""
+def untrained(models: Path, stage: str, spatial: dict[str, Any] | None, **more: Any) -> Path:
+    """Write an untrained model, as it is shipped; f = 2 where it is told a picture."""
     torch.manual_seed(0)
+    conditioning = TEXT if spatial is None else {"kind": "hybrid", "main": TEXT, "spatial": spatial}
+    first_stage: Any = IdentityFirstStage(IdentityFirstStageConfig())
+    told: dict[str, Any] = {"kind": "identity"}
+    if spatial is not None:
+        first_stage, told = AutoencoderKL(VAE), {"kind": "trained", "path": "autoencoder"}
+    unet = UNET | {"in_channels": 3} | more.pop("unet", {})
     recipe = DiffusionRecipe.from_dict(
         {
             "kind": "diffusion",
             "name": "tiny",
-            "data": {
-                "kind": "portraits",
-                "concepts": CONCEPTS,
-                "resolution": 16,
-                "count": 24,
-            },
-            "first_stage": {"kind": "identity"},
-            "unet": UNET,
-            "conditioning": TEXT,
+            "data": {"kind": "portraits", "concepts": CONCEPTS, "resolution": 16, "count": 24},
+            "first_stage": told,
+            "unet": unet,
+            "conditioning": conditioning,
             "budget": {"max_steps": 1},
+            **more,
         }
     )
     captions = [portrait_caption(name) for name in CONCEPTS]
+    main_part = TextConditioner(
+        TextConditionerConfig.from_dict(TEXT), train_tokenizer(captions, 128)
+    )
+    kinds: dict[str, Any] = {
+        "inpainting": lambda told: InpaintingConditioner(
+            InpaintingConditionerConfig.from_dict(told)
+        ),
+        "low_res": lambda told: LowResConditioner(LowResConditionerConfig.from_dict(told)),
+    }
+    conditioner: Any = main_part
+    if spatial is not None:
+        conditioner = HybridConditioner(main_part, kinds[spatial["kind"]](spatial))
     model = LatentDiffusion(
-        IdentityFirstStage(IdentityFirstStageConfig()),
-        UNet(UNetConfig.from_dict(UNET)),
-        TextConditioner(TextConditionerConfig.from_dict(TEXT), train_tokenizer(captions, 128)),
+        first_stage,
+        UNet(UNetConfig.from_dict(unet)),
+        conditioner,
         ScheduleConfig(),
         LatentNormalization.from_scale_factor(1.0),
         (16, 16),
     )
-    folder = tmp_path / "models" / "tiny"
+    folder = models / ("tiny" if spatial is None else f"tiny-{stage}")
     save_model(model, folder, defaults=SamplingDefaults(sampler="ddim", guidance_scale=2.0))
-    (folder / "text-to-image.yaml").write_text(to_yaml(recipe))
-    piece = {"stage": "text-to-image", "start": 0, "end": 7, "seconds": 60.0, "device": "a card"}
-    made = {"plan": "tiny-cpu", "stages": ["text-to-image"]}
+    (folder / f"{stage}.yaml").write_text(to_yaml(recipe))
+    piece = {"stage": stage, "start": 0, "end": 7, "seconds": 60.0, "device": "a card"}
+    made: dict[str, Any] = {"plan": "tiny-cpu", "stages": [stage]}
     made["pieces"] = [{**piece, "restarted": False}, {**piece, "end": 9, "restarted": True}]
     (folder / "made.json").write_text(json.dumps(made))
-    return tmp_path / "models"
+    return models
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """The folder of an untrained model, as it is shipped."""
+    return untrained(tmp_path / "models", "text-to-image", None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "spatial", "channels", "rows"),
+    [
+        ("inpaint", {"kind": "inpainting"}, 9, ("without a caption", "fill by diffusion of heat")),
+        ("upscale", {"kind": "low_res"}, 7, ("PSNR (bicubic), trained", "(bicubic), other emoji")),
+    ],
+)
+def test_other_tasks_are_measured_and_written(
+    tmp_path: Path, stage: str, spatial: dict[str, Any], channels: int, rows: tuple[str, ...]
+) -> None:
+    """An untrained model is worse than what costs nothing, and keeps what is not masked."""
+    unet = {"in_channels": channels, "out_channels": 4}
+    models = untrained(
+        tmp_path, stage, spatial, unet=unet, degradation={"kind": "bicubic", "factor": 2}
+    )
+    name, docs = f"tiny-{stage}", tmp_path / "docs"
+    told = [name, "--models", str(models), "--docs", str(docs), "--pictures", "3"]
+    assert main([*told, "--device", "cpu"]) == 0
+    card = (models / name / "README.md").read_text()
+    assert all(row in card for row in rows)
+    assert f"#{card.rstrip()}" in (docs / "shipped.md").read_text()
+    numbers = json.loads((docs / f"shipped/{name}.json").read_text())
+    if stage == "inpaint":
+        assert numbers["changed_outside"] == 0 and numbers["pictures"] == 3
+        assert numbers["distance"] > numbers["distance_of_diffusion_fill"] > 0
+    else:
+        for group in ("trained_emoji", "other_emoji"):
+            assert numbers[f"{group}_distance"] > numbers[f"{group}_distance_of_bicubic"] > 0
+            # back-projection brings the shrunk picture near the small one all the same
+            assert numbers[f"{group}_psnr_of_shrunk"] > numbers[f"{group}_psnr"]
+    with Image.open(docs / f"shipped/{name}.webp") as sheet:
+        assert sheet.width > 3 * 16
 
 
 def test_all_is_measured_and_written(models: Path, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     told = ["tiny", "--models", str(models), "--docs", str(docs), "--pictures", "6"]
     assert main([*told, "--device", "cpu"]) == 0
-    scores = json.loads((docs / "shipped.json").read_text())
+    scores = json.loads((docs / "shipped/tiny.json").read_text())
     assert scores["pictures"] == 6
     # an untrained model draws noise, and an identity keeps every picture
     assert scores["known"] <= 0.5 and scores["psnr"] > 100
@@ -93,12 +164,14 @@ def test_all_is_measured_and_written(models: Path, tmp_path: Path) -> None:
     card = (models / "tiny" / "README.md").read_text()
     assert "9 steps in 2 minutes on a card" in card
     assert "1 of 2 pieces began with averaged float16 weights" in card
-    assert "right concept among 64" in card and card.rstrip() in (docs / "shipped.md").read_text()
-    assert (docs / "shipped.webp").is_file()
+    page = (docs / "shipped.md").read_text()
+    assert "right concept among 64" in card and f"#{card.rstrip()}" in page
+    assert "![drawn](shipped/tiny.webp)" in page
+    assert (docs / "shipped/tiny.webp").is_file()
 
 
 def test_what_is_held_out_is_what_the_recipe_says(models: Path) -> None:
-    trained, held_out = portraits_of(models / "tiny")
+    trained, held_out = portraits_of(recipe_of(models / "tiny", "text-to-image"))
     assert (trained.config.split, held_out.config.split) == ("train", "validation")
     assert trained.concepts == held_out.concepts
 

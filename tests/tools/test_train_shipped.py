@@ -164,7 +164,7 @@ def test_a_stage_begins_from_the_weights_of_another(whole: Programme, tmp_path: 
     for name, before in weights(whole).items():
         assert torch.allclose(begun.tensors["weights"][f"unet.{name}"], before.float(), atol=5e-4)
     assert train(programme)
-    folder = ship(programme, tmp_path / "models")
+    (folder,) = ship(programme, tmp_path / "models")
     assert {path.stem for path in folder.glob("*.yaml")} == set(programme.stages)
     card = "\n".join(describe_training("tiny", read_made(folder)))
     assert "**pretraining**: 6 steps" in card
@@ -173,6 +173,44 @@ def test_a_stage_begins_from_the_weights_of_another(whole: Programme, tmp_path: 
     record(programme.work, mine[:1])
     with pytest.raises(TrainingError, match="history.json says nothing of pretraining"):
         ship(programme, tmp_path / "models")
+
+
+def test_other_tasks_are_shipped_as_what_they_change(
+    whole: Programme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, models = tmp_path / "plan", tmp_path / "models"
+    shutil.copytree(whole.plan, plan)
+    hybrid = {"kind": "hybrid", "main": TEXT["conditioning"], "spatial": {"kind": "inpainting"}}
+    unet = {**TEXT["unet"], "in_channels": 9}
+    inpaint = {**TEXT, "unet": unet, "conditioning": hybrid, "initial": "text-to-image"}
+    inpaint |= {"lora_rank": 2, "name": "tiny-inpaint"}
+    (plan / "inpaint.yaml").write_text(yaml.safe_dump(inpaint))
+    programme = Programme("tiny", plan, tmp_path / "work")
+    shutil.copytree(whole.work, programme.work)
+    assert [path.name for path in ship(programme, models)] == ["tiny"]
+    assert not train(programme, 3)
+    carry_out(programme, tmp_path / "carried")
+    assert train(programme)
+    there = Programme("tiny", plan, tmp_path / "there")
+    carry_in(there, tmp_path / "carried")
+    assert (steps_done(there.work / "inpaint"), is_finished(there.work / "text-to-image")) == (3, 1)
+    assert train(there)
+    assert [path.name for path in ship(programme, models)] == ["tiny", "tiny-inpaint"]
+    folder = models / "tiny-inpaint"
+    assert not (folder / "vae").exists() and not (folder / "conditioner" / "main").exists()
+    assert {path.name for path in folder.glob("*.yaml")} == {"inpaint.yaml"}
+    kept = mezzotint.load(programme.work / "inpaint" / "model").model.state_dict()
+    monkeypatch.setattr(shipped, "_FOLDER", models)
+    pipeline = mezzotint.load("tiny-inpaint")
+    assert pipeline.task == "inpainting"
+    for name, weight in pipeline.model.state_dict().items():
+        assert (weight - kept[name]).abs().max() < 1e-3, name
+    text = "\n".join(describe_training("tiny-inpaint", read_made(folder)))
+    assert "`python -m tools.train_shipped tiny`" in text and "it changes of `tiny`" in text
+    assert "Begun from the weights of text-to-image." in text
+    # elsewhere the base is found by its name
+    shutil.copytree(folder, tmp_path / "alone" / "tiny-inpaint")
+    assert mezzotint.load(tmp_path / "alone" / "tiny-inpaint").task == "inpainting"
 
 
 def test_weights_of_another_plan_are_refused(plan: Path, whole: Programme, tmp_path: Path) -> None:
@@ -252,7 +290,7 @@ def test_a_piece_ends_when_its_time_is_up(plan: Path, tmp_path: Path) -> None:
 def test_a_shipped_model_loads_and_draws_by_name(
     whole: Programme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = ship(whole, tmp_path / "models")
+    (folder,) = ship(whole, tmp_path / "models")
     monkeypatch.setattr(shipped, "_FOLDER", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, folder.with_name(".tiny.tmp"))  # as it is while it is written

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.data import open_data
 from mezzotint.device import select_device, select_precision
 from mezzotint.errors import TrainingError

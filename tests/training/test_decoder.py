@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.cli.main import app
 from mezzotint.data import open_data
 from mezzotint.device import select_device, select_precision

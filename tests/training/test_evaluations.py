@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 import mezzotint.training.evaluations as evaluations_module
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.checkpoints.lora import read_lora
-from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.evaluation.card import EvaluationCard
 from mezzotint.generation.pipeline import load

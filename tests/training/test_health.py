@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 import mezzotint.training.run as run_module
-from mezzotint.checkpoints.model import load_first_stage, save_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage, save_first_stage
 from mezzotint.data import open_data
 from mezzotint.data.base import Example
 from mezzotint.device import select_precision

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mezzotint.checkpoints.model import load_first_stage, load_model
+from mezzotint.checkpoints.first_stages import load_first_stage
+from mezzotint.checkpoints.model import load_model
 from mezzotint.cli import main as cli
 from mezzotint.errors import CheckpointError, ConfigError, TrainingError
 from mezzotint.generation.pipeline import load

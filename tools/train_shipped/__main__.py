@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         if told.carry_in is not None:
             carry_in(programme, told.carry_in)
         if told.ship:
-            print(ship(programme))
+            print(*ship(programme), sep="\n")
             return 0
         run_piece(programme, until, device, told.processes)
         if told.carry_out is not None:

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
-from mezzotint.checkpoints.model import load_first_stage, load_model, save_first_stage, save_model
+from mezzotint.checkpoints.first_stages import load_first_stage, save_first_stage
+from mezzotint.checkpoints.loaded import SamplingDefaults
+from mezzotint.checkpoints.model import load_model, save_as_changes, save_model
 from mezzotint.errors import ConfigError, TrainingError, nearest
+from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.training.any_recipe import Recipe
 from mezzotint.training.checkpoint import list_checkpoints
 from mezzotint.training.claim import differences
@@ -28,6 +31,7 @@ __all__ = [
     "Piece",
     "Programme",
     "is_finished",
+    "keep",
     "must_follow",
     "open_programme",
     "pieces_of",
@@ -277,6 +281,30 @@ def _train_by_several(programme: Programme, stage: str, stop: float, count: int)
         )
 
 
+def keep(
+    model: LatentDiffusion,
+    recipe: Recipe,
+    folder: Path,
+    base: Path | None = None,
+    defaults: SamplingDefaults | None = None,
+) -> None:
+    """Write a model in float16: whole, or as changes where changes were trained.
+
+    Args:
+        model: What was trained.
+        recipe: That it was trained by.
+        folder: Where it is to lie.
+        base: The model that it is a change of; by default the one that the recipe began from.
+        defaults: How it is sampled where a request does not say.
+    """
+    assert isinstance(recipe, DiffusionRecipe)
+    if recipe.lora_rank is None:
+        save_model(model, folder, dtype=torch.float16, defaults=defaults)
+        return
+    rank, base = recipe.lora_rank, base or Path(recipe.initial or "")
+    save_as_changes(model, base, folder, rank=rank, dtype=torch.float16, defaults=defaults)
+
+
 @torch.no_grad()
 def _finish(programme: Programme, stage: str) -> bool:
     """Write a stage's model in float16, if it has spent its budget; returns whether it has.
@@ -288,8 +316,9 @@ def _finish(programme: Programme, stage: str) -> bool:
     if not any((model / name).is_file() for name in _LAST_WRITTEN):
         return False
     temporary = run / f".{HALF}.tmp"
+    recipe = programme.recipe(stage)
     if (model / "model_index.json").is_file():
-        save_model(load_model(model), temporary, dtype=torch.float16)
+        keep(load_model(model), recipe, temporary)
     else:
         save_first_stage(*load_first_stage(model / "vae"), temporary / "vae", torch.float16)
     shutil.copyfile(programme.plan / f"{stage}.yaml", temporary / PLANNED)

@@ -2,14 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mezzotint.checkpoints.loaded import SamplingDefaults
-from mezzotint.checkpoints.model import load_model, save_model
+from mezzotint.checkpoints.model import load_model
 from mezzotint.checkpoints.shipped import write_sums
 from mezzotint.errors import TrainingError
 from mezzotint.training.recipe import DiffusionRecipe
@@ -17,64 +16,92 @@ from tools.train_shipped.programme import (
     HALF,
     Programme,
     is_finished,
+    keep,
     must_follow,
     pieces_of,
 )
 
-__all__ = ["CARD", "MODELS", "ROOT", "describe_training", "read_made", "ship"]
+__all__ = ["CARD", "DRAWN", "MODELS", "ROOT", "describe_training", "read_made", "ship"]
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "src/mezzotint/assets/models"
 CARD = "README.md"
 _MADE = "made.json"
 _MOST = 24_000_000  # bytes of all shipped models
-_DRAWN = "text-to-image"  # the stage whose model is shipped under the programme's own name
+DRAWN = "text-to-image"  # the stage whose model is shipped under the programme's own name
+_DOES = {
+    DRAWN: "Draws single emoji from captions.",
+    "upscale": "Enlarges pictures of emoji twofold, told by a caption what they show.",
+    "inpaint": "Draws what a mask covers of a picture of an emoji, from its caption.",
+    "scenes": "Draws scenes of emoji from boxes and words.",
+}
 
 
-def ship(programme: Programme, models: Path = MODELS) -> Path:
-    """Write a finished programme's model as it is shipped, with checksums, licence and origin.
+def ship(programme: Programme, models: Path = MODELS) -> list[Path]:
+    """Write a programme's models as they are shipped, with checksums, licence and origin.
+
+    The text model has the programme's name. What was trained from it for another task, as far as
+    that is finished, is kept as what it changes of it, as ``<name>-<stage>``.
 
     Args:
-        programme: Finished.
+        programme: Finished, up to the text model at least.
         models: The folder of all shipped models.
 
     Returns:
-        The model's folder.
+        The models' folders.
 
     Raises:
         ConfigError: If a stage was trained by another plan.
         TrainingError: If a stage is not finished, its training was not recorded, or the shipped
             models would be too large.
     """
-    for stage in programme.stages:
+    last = programme.stages.index(DRAWN) + 1
+    first, further = programme.stages[:last], programme.stages[last:]
+    for stage in first:
         if not is_finished(programme.work / stage):
             raise TrainingError(f"{programme.work / stage}: not finished; train on, then ship")
+    shipped = [_ship(programme, first, programme.model, models)]
+    for stage in further:
+        if is_finished(programme.work / stage):
+            name = f"{programme.model}-{stage}"
+            shipped.append(_ship(programme, (stage,), name, models, shipped[0]))
+    return shipped
+
+
+def _ship(
+    programme: Programme,
+    stages: Sequence[str],
+    name: str,
+    models: Path,
+    base: Path | None = None,
+) -> Path:
+    """Write the model of the last of some stages."""
+    pieces = [piece for piece in pieces_of(programme.work) if piece.stage in stages]
+    for stage in stages:
         must_follow(programme, stage, programme.work / stage / HALF)
-        if all(piece.stage != stage for piece in pieces_of(programme.work)):
+        if all(piece.stage != stage for piece in pieces):
             raise TrainingError(f"{programme.work}: history.json says nothing of {stage}")
-    folder, temporary = models / programme.model, models / f".{programme.model}.tmp"
+    folder, temporary = models / name, models / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    recipe = programme.recipe(_DRAWN)
+    recipe = programme.recipe(stages[-1])
     assert isinstance(recipe, DiffusionRecipe)
     defaults = SamplingDefaults(
         sampler="dpmpp_2m", spacing="trailing", guidance_scale=recipe.guidance_scale
     )
-    model = load_model(programme.work / _DRAWN / HALF)
-    save_model(model, temporary, dtype=torch.float16, defaults=defaults)
+    keep(load_model(programme.work / stages[-1] / HALF), recipe, temporary, base, defaults)
     shutil.copyfile(ROOT / "LICENSE", temporary / "LICENSE")
-    pieces = [asdict(piece) for piece in pieces_of(programme.work)]
-    begun = {stage: getattr(programme.recipe(stage), "initial", None) for stage in programme.stages}
+    begun = {stage: getattr(programme.recipe(stage), "initial", None) for stage in stages}
     made = {
         "plan": programme.plan.name,
-        "stages": programme.stages,
-        "pieces": pieces,
+        "stages": stages,
+        "pieces": [asdict(piece) for piece in pieces],
         "begun_from": {stage: Path(path).parent.name for stage, path in begun.items() if path},
     }
     (temporary / _MADE).write_text(json.dumps(made, indent=1) + "\n")
-    for stage in programme.stages:
+    for stage in stages:
         shutil.copyfile(programme.plan / f"{stage}.yaml", temporary / f"{stage}.yaml")
     write_sums(temporary)
-    text = "\n".join(describe_training(programme.model, made))
+    text = "\n".join(describe_training(name, made))
     (temporary / CARD).write_text(f"{text}\n", encoding="utf-8")
     files = [path for path in models.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files if not path.is_relative_to(folder))
@@ -98,11 +125,13 @@ def describe_training(name: str, made: dict[str, Any]) -> list[str]:
         name: The model's.
         made: From `read_made`.
     """
+    last = made["stages"][-1]
+    of = name.removesuffix(f"-{last}")
     lines = [
         f"# {name}",
         "",
-        "Draws single emoji from captions. Trained by this repository from its own data, by",
-        f"`python -m tools.train_shipped {name}` with the plan `{made['plan']}`; the recipes stand",
+        f"{_DOES[last]} Trained by this repository from its own data, by",
+        f"`python -m tools.train_shipped {of}` with the plan `{made['plan']}`; the recipes stand",
         "beside this file.",
         "",
         "- **Data**: Fluent Emoji (Microsoft, MIT) and Noto Emoji (Google, Apache 2.0), with names",
@@ -110,6 +139,11 @@ def describe_training(name: str, made: dict[str, Any]) -> list[str]:
         "- **Licence of the weights**: MIT (`LICENSE`).",
         "- **Weights**: averaged over training, in float16.",
     ]
+    if of != name:
+        lines.append(
+            f"  They are what it changes of `{of}`, which has to lie beside it (low-rank factors"
+            " and the first layer)."
+        )
     for stage in made["stages"]:
         pieces = [piece for piece in made["pieces"] if piece["stage"] == stage]
         minutes = sum(piece["seconds"] for piece in pieces) / 60

@@ -52,7 +52,11 @@ _KINDS = {kind.__name__: kind for kind in (*CONFIGURATIONS, Unconditional, Hybri
 
 
 def save_conditioner(
-    conditioner: Conditioner, folder: Path, dtype: torch.dtype | None = None
+    conditioner: Conditioner,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    with_main: bool = True,
 ) -> None:
     """Write a conditioner.
 
@@ -60,11 +64,12 @@ def save_conditioner(
         conditioner: Of a kind that this module knows.
         folder: Made if need be.
         dtype: Of the floating-point weights on the disk; None keeps each as it is.
+        with_main: Whether the main part of a conditioner of two is written, or lies elsewhere.
     """
     assert type(conditioner) in _KINDS.values(), type(conditioner)
     keys: dict[str, Any] = {"_class_name": type(conditioner).__name__}
     if isinstance(conditioner, HybridConditioner):
-        for name in PARTS:
+        for name in PARTS if with_main else PARTS[1:]:
             save_conditioner(getattr(conditioner, name), folder / name, dtype)
     elif type(conditioner) in CONFIGURATIONS:
         keys |= cast(Config, conditioner.config).to_dict()
@@ -75,12 +80,15 @@ def save_conditioner(
     write_json(folder / CONFIG, keys)
 
 
-def load_conditioner(folder: Path, dtype: torch.dtype | None = torch.float32) -> Conditioner:
+def load_conditioner(
+    folder: Path, dtype: torch.dtype | None = torch.float32, *, main: Path | None = None
+) -> Conditioner:
     """Read a conditioner that `save_conditioner` wrote.
 
     Args:
         folder: Of the conditioner.
         dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
+        main: Where the main part lies of a conditioner of two, if not in it.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or the kind is unknown.
@@ -88,7 +96,7 @@ def load_conditioner(folder: Path, dtype: torch.dtype | None = torch.float32) ->
     """
     kind, config, tokenizer = _read(folder)
     if kind is HybridConditioner:
-        return HybridConditioner(*(load_conditioner(folder / part, dtype) for part in PARTS))
+        return HybridConditioner(*(load_conditioner(part, dtype) for part in _parts(folder, main)))
     if config is None:
         return Unconditional()
     conditioner = _build(folder, config, tokenizer)
@@ -112,18 +120,19 @@ class ExpectedWeights:
     tensors: Mapping[str, Tensor | TensorInfo]
 
 
-def expected_weights(folder: Path) -> tuple[ExpectedWeights, ...]:
+def expected_weights(folder: Path, *, main: Path | None = None) -> tuple[ExpectedWeights, ...]:
     """Return what the weights of a conditioner must be; ``transformers`` is not needed for it.
 
     Args:
         folder: From `save_conditioner`; its weights are not looked at.
+        main: See `load_conditioner`.
 
     Raises:
         CheckpointError: If a configuration or a tokenizer is missing or damaged.
     """
     kind, config, tokenizer = _read(folder)
     if kind is HybridConditioner:
-        return tuple(told for part in PARTS for told in expected_weights(folder / part))
+        return tuple(told for part in _parts(folder, main) for told in expected_weights(part))
     if config is None:
         return ()
     path = folder / _WEIGHTS
@@ -138,18 +147,19 @@ def expected_weights(folder: Path) -> tuple[ExpectedWeights, ...]:
     return (ExpectedWeights(kind.__name__, path, tensors),) if tensors else ()
 
 
-def read_token_width(folder: Path) -> int | None:
+def read_token_width(folder: Path, *, main: Path | None = None) -> int | None:
     """Return the width of the tokens that a conditioner gives; None if it gives none.
 
     Args:
         folder: From `save_conditioner`.
+        main: See `load_conditioner`.
 
     Raises:
         CheckpointError: If a configuration or a tokenizer is missing or damaged.
     """
     kind, config, _ = _read(folder)
     if kind is HybridConditioner:
-        return read_token_width(folder / PARTS[0])
+        return read_token_width(_parts(folder, main)[0])
     if isinstance(config, ClipConditionerConfig):
         return config.hidden_size
     return getattr(config, "width", None)
@@ -168,6 +178,12 @@ def clip_weights(config: ClipConditionerConfig, path: Path) -> dict[str, TensorI
         for rule in rules
         for name in rule.ours
     }
+
+
+def _parts(folder: Path, main: Path | None) -> tuple[Path, ...]:
+    """Where the parts of a conditioner of two lie."""
+    own = [folder / part for part in PARTS]
+    return (main, *own[1:]) if main is not None and not own[0].is_dir() else (*own,)
 
 
 def _read(folder: Path) -> tuple[type[Conditioner], Config | None, Tokenizer | None]:

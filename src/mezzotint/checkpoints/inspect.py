@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mezzotint.checkpoints.changes import change_files
 from mezzotint.checkpoints.compvis_config import read_compvis_config
 from mezzotint.checkpoints.conditioners import PARTS
 from mezzotint.checkpoints.folder import read_json, weight_files
@@ -215,6 +216,8 @@ def _inspect_folder(folder: Path, hashed: bool) -> Inspection:
             continue
         # a conditioner of two parts has a sub-folder for each
         found = [file for place in ("", *PARTS) for file in _weights(folder / part / place)]
+        if report.base is not None and part == "unet":
+            found = [*change_files(folder)]
         files += [*found, *sorted((folder / part).rglob("*.json"))]
         parts.append(_summary(part, kind, _infos(found), found))
     schedule = report.schedule

@@ -12,17 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mezzotint.checkpoints.changes import Base, changed_infos, find_base
 from mezzotint.checkpoints.conditioners import clip_weights, expected_weights, read_token_width
-from mezzotint.checkpoints.folder import STEM, build_component, compare, modern_name
+from mezzotint.checkpoints.first_stages import as_first_stage, read_normalization
+from mezzotint.checkpoints.folder import CONFIG, STEM, build_component, compare, modern_name
 from mezzotint.checkpoints.layouts import LAYOUTS
 from mezzotint.checkpoints.model import (
     CLASS,
-    as_first_stage,
     as_unet,
     check_width,
+    conditioner_of,
     read_defaults,
     read_index,
-    read_normalization,
+    vae_of,
 )
 from mezzotint.checkpoints.pipeline_table import (
     SAMPLING,
@@ -70,6 +72,7 @@ class FolderReport:
         schedule: What its scheduler says, if it can be read.
         image_size: Height and width in pixels that it was trained at, if that is told.
         normalization: The statistics of its latents, if they can be read.
+        base: The model that it is a change of, if it is.
     """
 
     folder: Path
@@ -80,6 +83,7 @@ class FolderReport:
     schedule: ScheduleConfig | FlowScheduleConfig | None = None
     image_size: tuple[int, int] | None = None
     normalization: LatentNormalization | None = None
+    base: Base | None = None
 
     def noting(self) -> "_Noting":
         """Note a mistake of the folder's, and go on behind the block."""
@@ -94,7 +98,8 @@ class FolderReport:
     ) -> None:
         """Hold the tensors of a file against those that a part wants."""
         fit = compare(wanted, found)
-        part = path.parent.relative_to(self.folder).as_posix()
+        inside = path.is_relative_to(self.folder)
+        part = path.parent.relative_to(self.folder if inside else path.parents[1]).as_posix()
         self.missing += [f"{part}/{name}" for name in fit.missing]
         self.unexpected += [f"{part}/{name}" for name in fit.unexpected]
         if (told := fit.told(kind)) is not None:
@@ -141,20 +146,26 @@ def check_folder(folder: Path, index: Mapping[str, Any]) -> FolderReport:
 
 
 def _check_ours(report: FolderReport) -> None:
-    folder, size = report.folder, None
+    folder, size, base = report.folder, None, None
     with report.noting():
         index, size = read_index(folder)
         read_defaults(index, folder / INDEX)
-    first_stage = _first_stage(report, "vae")
-    unet = _unet(report)
+        base = find_base(index, folder)
+    report.base = base
+    conditioner, main = conditioner_of(folder, base)
+    if base is not None:
+        told = f"what is not here is of the model {base.folder}, of which this is a change"
+        report.notes.append(told)
+    first_stage = _first_stage(report, vae_of(folder, base))
+    unet = _unet(report) if base is None else _changed_unet(report, base)
     with report.noting():
         report.schedule = read_scheduler(folder / "scheduler" / FILE).schedule
     with report.noting():
-        for told in expected_weights(folder / "conditioner"):
+        for told in expected_weights(conditioner, main=main):
             with report.noting():
                 report.compare(told.kind, told.path, told.tensors, open_tensors(told.path))
         if unet is not None:
-            check_width(folder, unet.config, read_token_width(folder / "conditioner"))
+            check_width(folder, unet.config, read_token_width(conditioner, main=main))
     report.image_size = size
     _check_whole(report, first_stage, unet)
 
@@ -179,7 +190,7 @@ def _check_pipeline(report: FolderReport, index: Mapping[str, Any], layout: Pipe
         scheduler = read_scheduler(path, kind, standard=layout.standard)
         report.schedule = scheduler.schedule
         report.notes += scheduler.notes
-    first_stage = _first_stage(report, layout.first_stage, index)
+    first_stage = _first_stage(report, folder / layout.first_stage, index)
     unet = _unet(report, index)
     width = None
     with report.noting():
@@ -203,13 +214,12 @@ def _check_pipeline(report: FolderReport, index: Mapping[str, Any], layout: Pipe
 
 
 def _first_stage(
-    report: FolderReport, part: str, index: Mapping[str, Any] | None = None
+    report: FolderReport, path: Path, index: Mapping[str, Any] | None = None
 ) -> FirstStage | None:
     """Check a first stage; of a pipeline, also what its index says of it."""
-    path = report.folder / part
     with report.noting():
         if index is not None:
-            class_of(index, part, report.folder, [*LAYOUTS])
+            class_of(index, path.name, report.folder, [*LAYOUTS])
         first_stage = as_first_stage(_component(report, path), path)
         with report.noting():
             quantised = index is None or isinstance(first_stage, VQModel)
@@ -226,6 +236,18 @@ def _unet(report: FolderReport, index: Mapping[str, Any] | None = None) -> UNet 
         if index is not None:
             class_of(index, path.name, report.folder, [*LAYOUTS])
         return as_unet(_component(report, path), path)
+    return None
+
+
+def _changed_unet(report: FolderReport, base: Base) -> UNet | None:
+    """Check a UNet that is a change of another's."""
+    path = report.folder / "unet"
+    with report.noting():
+        unet = as_unet(build_component(path), path)
+        with report.noting():
+            infos = changed_infos(report.folder, base)
+            report.compare(type(unet).__name__, path / CONFIG, unet.state_dict(), infos)
+        return unet
     return None
 
 

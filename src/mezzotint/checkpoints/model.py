@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from mezzotint.checkpoints.changes import (
+    BASE,
+    Base,
+    base_entry,
+    find_base,
+    load_changes,
+    save_changes,
+)
 from mezzotint.checkpoints.conditioners import (
     load_conditioner,
     read_token_width,
     save_conditioner,
 )
+from mezzotint.checkpoints.first_stages import load_first_stage, save_first_stage
 from mezzotint.checkpoints.folder import (
     CONFIG,
     load_component,
@@ -21,39 +30,34 @@ from mezzotint.checkpoints.folder import (
     save_component,
     write_json,
 )
-from mezzotint.checkpoints.keys import Keys
+from mezzotint.checkpoints.layouts import config_to_layout
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
+from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner
 from mezzotint.errors import CheckpointError, ConfigError, short
 from mezzotint.latent_diffusion import (
-    LARGEST_SCALE,
-    LEAST_SCALE,
-    FirstStage,
     LatentDiffusion,
-    LatentNormalization,
+    fingerprint,
 )
-from mezzotint.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from mezzotint.models.unet import UNet, UNetConfig
 from mezzotint.storage.safetensors_file import narrowed
 
 __all__ = [
     "CLASS",
-    "as_first_stage",
     "as_unet",
     "check_width",
-    "folded",
-    "load_first_stage",
+    "conditioner_of",
     "load_model",
     "load_unet",
     "read_defaults",
     "read_index",
     "read_model",
-    "read_normalization",
     "require_range",
     "sample_size",
-    "save_first_stage",
+    "save_as_changes",
     "save_model",
+    "vae_of",
 ]
 
 CLASS = "LatentDiffusion"
@@ -77,13 +81,65 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_first_stage(model.first_stage, model.normalization, folder / "vae", dtype)
-    size = {"sample_size": list(sample_size(model))}
-    save_component(model.unet, folder / "unet", size, dtype)
+    save_component(model.unet, folder / "unet", _size_of(model), dtype)
+    save_conditioner(model.conditioner, folder / "conditioner", dtype)
+    vae = read_component_config(folder / "vae")["_class_name"]
+    own = "mezzotint" if vae == "IdentityFirstStage" else "diffusers"
+    _write_index(model, folder, defaults, {"vae": [own, vae]})
+
+
+def save_as_changes(
+    model: LatentDiffusion,
+    base: Path,
+    folder: Path,
+    *,
+    rank: int,
+    dtype: torch.dtype | None = None,
+    defaults: SamplingDefaults | None = None,
+) -> None:
+    """Write a model as what it changes of another; see `mezzotint.checkpoints.changes`.
+
+    Args:
+        model: Has the first stage of the other, and as the main part of its conditioner that of
+            the other.
+        base: The folder of the other, which is found from this one by a relative path.
+        folder: Made if need be.
+        rank: Of the changes of the UNet's layers; a layer that changed by more is kept whole.
+        dtype: Of the floating-point weights on the disk; None keeps each as it is.
+        defaults: How it is sampled where a request does not say.
+
+    Raises:
+        CheckpointError: If the first stage or the conditioner is another than the base's, or the
+            base cannot be read.
+    """
+    other, named = load_model(base), Base(base)
+    pairs = {
+        "first stage": (model.first_stage, other.first_stage),
+        "normalisation": (model.normalization, other.normalization),
+        "conditioner": (main_conditioner(model.conditioner), main_conditioner(other.conditioner)),
+    }
+    for what, (mine, theirs) in pairs.items():
+        if fingerprint(mine.state_dict().items()) != fingerprint(theirs.state_dict().items()):
+            raise CheckpointError(f"{base}: has another {what}, so that nothing can be shared")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_changes(model.unet, other.unet, folder, rank, dtype)
+    config = config_to_layout(model.unet.config) | _size_of(model)
+    write_json(folder / "unet" / CONFIG, config)
+    if isinstance(model.conditioner, HybridConditioner):
+        save_conditioner(model.conditioner, folder / "conditioner", dtype, with_main=False)
+    _write_index(model, folder, defaults, {BASE: base_entry(named, folder)})
+
+
+def _size_of(model: LatentDiffusion) -> dict[str, list[int]]:
+    return {"sample_size": list(sample_size(model))}
+
+
+def _write_index(
+    model: LatentDiffusion, folder: Path, defaults: SamplingDefaults | None, more: dict[str, Any]
+) -> None:
     scheduler, _ = write_scheduler(model.schedule_config, defaults)
     write_json(folder / "scheduler" / FILE, scheduler)
-    save_conditioner(model.conditioner, folder / "conditioner", dtype)
     unet = read_component_config(folder / "unet")["_class_name"]
-    vae = read_component_config(folder / "vae")["_class_name"]
     told = {f.name: getattr(defaults, f.name) for f in fields(SamplingDefaults)} if defaults else {}
     sampling = {name: value for name, value in told.items() if value is not None}
     index = {
@@ -91,7 +147,7 @@ def save_model(
         "format_version": FORMAT_VERSION,
         "image_size": list(model.image_size),
         **({"sampling": sampling} if sampling else {}),
-        "vae": ["mezzotint" if vae == "IdentityFirstStage" else "diffusers", vae],
+        **more,
         "unet": ["mezzotint" if unet == "UNet" else "diffusers", unet],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "conditioner": ["mezzotint", type(model.conditioner).__name__],
@@ -132,11 +188,13 @@ def read_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> Loade
         CheckpointError: If a part is missing, damaged, or written by a newer Mezzotint.
     """
     index, size = read_index(folder)
-    first_stage, normalization = load_first_stage(folder / "vae", dtype)
-    unet = load_unet(folder / "unet", dtype)
+    base = find_base(index, folder)
+    told, main = conditioner_of(folder, base)
+    first_stage, normalization = load_first_stage(vae_of(folder, base), dtype)
+    unet = load_unet(folder / "unet", dtype, base)
     schedule = read_scheduler(folder / "scheduler" / FILE).schedule
-    conditioner = load_conditioner(folder / "conditioner", dtype)
-    check_width(folder, unet.config, read_token_width(folder / "conditioner"))
+    conditioner = load_conditioner(told, dtype, main=main)
+    check_width(folder, unet.config, read_token_width(told, main=main))
     try:
         model = LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, size)
     except ConfigError as error:
@@ -193,12 +251,34 @@ def check_width(folder: Path, unet: UNetConfig, width: int | None) -> None:
         )
 
 
-def load_unet(folder: Path, dtype: torch.dtype | None = torch.float32) -> UNet:
+def vae_of(folder: Path, base: Base | None) -> Path:
+    """Return where the first stage of a model lies."""
+    return folder / "vae" if base is None else base.vae
+
+
+def conditioner_of(folder: Path, base: Base | None) -> tuple[Path, Path | None]:
+    """Return where the conditioner of a model lies, and its main part if that lies elsewhere."""
+    own = folder / "conditioner"
+    if base is None:
+        return own, None
+    return (own if own.is_dir() else base.conditioner), base.conditioner
+
+
+def load_unet(
+    folder: Path, dtype: torch.dtype | None = torch.float32, base: Base | None = None
+) -> UNet:
     """Read a component folder that must hold a UNet.
+
+    Args:
+        folder: Of the component.
+        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
+        base: The model that it is a change of, if it is.
 
     Raises:
         CheckpointError: If it is missing or damaged, or is another kind of component.
     """
+    if base is not None:
+        return as_unet(load_changes(folder.parent, base, dtype), folder)
     return as_unet(load_component(folder, dtype), folder)
 
 
@@ -211,112 +291,3 @@ def as_unet(module: nn.Module, folder: Path) -> UNet:
     if not isinstance(module, UNet):
         raise CheckpointError(f"{folder}: holds a {type(module).__name__}, not a UNet")
     return module
-
-
-def save_first_stage(
-    first_stage: FirstStage,
-    normalization: LatentNormalization,
-    folder: Path,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a first stage with the statistics of its latents.
-
-    A scalar normalisation is ``scaling_factor`` in ``config.json``. Means and deviations per
-    channel are folded into ``quant_conv`` and ``post_quant_conv``, so that every reader of the
-    format gets normalised latents with a ``scaling_factor`` of 1.
-    """
-    if normalization.is_scalar:
-        save_component(first_stage, folder, {"scaling_factor": _scaling(normalization)}, dtype)
-        return
-    assert isinstance(first_stage, AutoencoderKL), "per-channel statistics are for KL alone"
-    whole = folded(first_stage, normalization)
-    save_component(whole, folder, {"scaling_factor": 1.0}, dtype)
-
-
-def _scaling(normalization: LatentNormalization) -> float:
-    """The shortest number that is read back as the same scale: 0.18215, not 0.1821500033."""
-    exact = normalization.scale_factor
-    for digits in range(1, 17):
-        short = float(f"{exact:.{digits}g}")
-        read = LatentNormalization.from_scale_factor(short).std
-        if torch.equal(read, normalization.std.cpu()):
-            return short
-    return exact
-
-
-@torch.no_grad()
-def folded(first_stage: AutoencoderKL, normalization: LatentNormalization) -> AutoencoderKL:
-    """Return a copy whose posterior is that of ``(z - mean) / std``.
-
-    Args:
-        first_stage: Stays as it is.
-        normalization: Means and deviations per channel.
-    """
-    copy = AutoencoderKL(first_stage.config)
-    copy.load_state_dict(first_stage.state_dict())
-    mean, std = normalization.mean.cpu(), normalization.std.cpu()
-    zeros = torch.zeros_like(mean)
-    # the moments are [mean, logvar]: logvar of z / s is logvar - 2 log s
-    scale = torch.cat([1.0 / std, torch.ones_like(std)])
-    shift = torch.cat([-mean / std, zeros - 2.0 * std.log()])
-    quant, post = copy.quant_conv, copy.post_quant_conv
-    assert quant.bias is not None and post.bias is not None
-    quant.weight.mul_(scale.view(-1, 1, 1, 1))
-    quant.bias.mul_(scale).add_(shift)
-    post.bias.add_(torch.einsum("oihw,i->o", post.weight, mean))
-    post.weight.mul_(std.view(1, -1, 1, 1))
-    return copy
-
-
-def load_first_stage(
-    folder: Path, dtype: torch.dtype | None = torch.float32, *, scale_factor: float = 1.0
-) -> tuple[FirstStage, LatentNormalization]:
-    """Read a first stage and the statistics of its latents.
-
-    Args:
-        folder: Of the component.
-        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk.
-        scale_factor: Where the folder says none.
-
-    Raises:
-        CheckpointError: If it is missing or damaged, or is another kind of component.
-    """
-    first_stage = as_first_stage(load_component(folder, dtype), folder)
-    return first_stage, read_normalization(folder, scale_factor)
-
-
-def as_first_stage(module: nn.Module, folder: Path) -> FirstStage:
-    """Return a component that must be a first stage.
-
-    Raises:
-        CheckpointError: If it is another kind of component.
-    """
-    if not isinstance(module, AutoencoderKL | VQModel | IdentityFirstStage):
-        raise CheckpointError(f"{folder}: holds a {type(module).__name__}, not a first stage")
-    return module
-
-
-def read_normalization(folder: Path, scale_factor: float = 1.0) -> LatentNormalization:
-    """Read the statistics of a first stage's latents.
-
-    Args:
-        folder: Of the component.
-        scale_factor: Where the folder says none.
-
-    Raises:
-        CheckpointError: If they are not numbers.
-    """
-    keys = Keys(read_component_config(folder))
-    mean, std = keys.numbers("latents_mean"), keys.numbers("latents_std")
-    least, most = 1 / LARGEST_SCALE, 1 / LEAST_SCALE
-    if mean and std and (len(mean) != len(std) or not least <= min(std) <= max(std) <= most):
-        wanted = f"as many numbers as latents_mean has, each {least:g} to {most:g}"
-        keys.problem("latents_std", std, wanted)
-    scale = keys.take("scaling_factor", scale_factor)
-    keys.require(folder / CONFIG)
-    if mean and std:
-        return LatentNormalization(torch.tensor(mean), torch.tensor(std))
-    try:
-        return LatentNormalization.from_scale_factor(scale_factor if scale is None else scale)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mezzotint.checkpoints.first_stages import load_first_stage, save_first_stage
 from mezzotint.checkpoints.folder import (
     CONFIG,
     STEM,
@@ -24,12 +25,10 @@ from mezzotint.checkpoints.layouts import LAYOUTS, config_to_layout
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.model import (
     check_width,
-    load_first_stage,
     load_unet,
     read_defaults,
     require_range,
     sample_size,
-    save_first_stage,
     save_model,
 )
 from mezzotint.checkpoints.pipeline_table import (

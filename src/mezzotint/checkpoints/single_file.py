@@ -20,6 +20,7 @@ from mezzotint.checkpoints.compvis_config import CompvisConfig, read_compvis_con
 from mezzotint.checkpoints.compvis_write import Described, describe
 from mezzotint.checkpoints.embeddings import is_embedding
 from mezzotint.checkpoints.families import Family
+from mezzotint.checkpoints.first_stages import folded
 from mezzotint.checkpoints.folder import (
     fill_unsaved_buffers,
     load_state_strictly,
@@ -27,7 +28,7 @@ from mezzotint.checkpoints.folder import (
     write_atomically,
 )
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights, listed
-from mezzotint.checkpoints.model import folded, require_range
+from mezzotint.checkpoints.model import require_range
 from mezzotint.checkpoints.recognition import Recognised, build_first_stage, recognise
 from mezzotint.checkpoints.registry import SINGLE_FILES
 from mezzotint.checkpoints.sketch import PREFIXES

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.checkpoints.folder import CONFIG, WEIGHTS
-from mezzotint.checkpoints.model import load_first_stage
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.device import select_device, select_precision, threads
 from mezzotint.evaluation.card import (

@@ -55,6 +55,8 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 }
 _CONDITIONS = ("prompt", "class_label", "layout")
 _BESIDE: Mapping[str, tuple[str, ...]] = {
+    "map-to-image": _CONDITIONS,
+    "super-resolution": _CONDITIONS,
     "image-to-image": (*_CONDITIONS, "strength"),
     "inpainting": (*_CONDITIONS, "strength"),
     "outpainting": (*_CONDITIONS, "strength"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mezzotint.checkpoints.model import save_first_stage
+from mezzotint.checkpoints.first_stages import save_first_stage
 from mezzotint.device import Execution, autocast, widened
 from mezzotint.latent_diffusion import LatentNormalization, encode_moments
 from mezzotint.models.autoencoder import AutoencoderKL, VQModel

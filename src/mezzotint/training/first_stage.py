@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.errors import ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentNormalization
 from mezzotint.models.autoencoder import IdentityFirstStage

@@ -18,7 +18,7 @@ _FIRST = "conv_in.weight"  # of the UNet: the one that sees what is concatenated
 
 
 @torch.no_grad()
-def begin_from(model: LatentDiffusion, source: str | Path) -> None:
+def begin_from(model: LatentDiffusion, source: str | Path) -> str:
     """Give a model the weights of another of the same shape and latent space.
 
     Channels that this one's UNet has more of at its input, because more is concatenated, begin at
@@ -30,11 +30,15 @@ def begin_from(model: LatentDiffusion, source: str | Path) -> None:
         model: What is to be trained.
         source: A run, a model folder or a single file.
 
+    Returns:
+        What identifies the other.
+
     Raises:
         CheckpointError: If there is no model.
         ConfigError: If the two do not fit; it says in what.
     """
-    other = load_any(source, dtype=torch.float32).model
+    loaded = load_any(source, dtype=torch.float32)
+    other = loaded.model
     if _latent_space(other) != _latent_space(model):
         raise ConfigError(
             f"initial: {source} was trained in another latent space; take the first stage that it"
@@ -46,13 +50,14 @@ def begin_from(model: LatentDiffusion, source: str | Path) -> None:
     _take_over(model.unet, unet, f"initial: the UNet of {source}")
     mine, theirs = main_conditioner(model.conditioner), main_conditioner(other.conditioner)
     if not list(mine.parameters()):
-        return
+        return loaded.content_hash()
     if type(mine) is not type(theirs) or mine.settings() != theirs.settings():
         raise ConfigError(
             f"initial: {source} is told {theirs.description}, in other words, classes or shape than"
             f" this recipe's model, which wants {mine.description}"
         )
     _take_over(mine, theirs.state_dict(), f"initial: the conditioner of {source}")
+    return loaded.content_hash()
 
 
 def vocabulary_of(source: str | Path) -> Tokenizer | None:

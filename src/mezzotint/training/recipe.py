@@ -299,6 +299,9 @@ class DiffusionRecipe(RecipeBase):
             ``bert``, ``class`` or ``layout``; ``semantic_map``, ``low_res`` or ``inpainting``; one
             of each as ``hybrid``; or ``none``.
         initial: A run or model whose weights it begins from; see `begin_from`.
+        lora_rank: Of changes of these weights, which alone are then trained, but for the UNet's
+            first layer, which is trained wholly: the model of another task that is little more to
+            keep than the one that it began from. By default all weights are trained.
         degradation: How the small pictures of ``low_res`` are made.
         masks: What ``inpainting`` is to draw anew.
         condition_dropout: Probability with which the condition is replaced by its null, for
@@ -323,6 +326,7 @@ class DiffusionRecipe(RecipeBase):
     unet: UNetConfig
     conditioning: ConditioningConfig = UnconditionalConfig()
     initial: str | None = None
+    lora_rank: int | None = Field(default=None, ge=1)
     degradation: DegradationConfig = DegradationConfig()
     masks: MaskConfig = MaskConfig()
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -350,6 +354,7 @@ class DiffusionRecipe(RecipeBase):
     def _fits(self) -> "DiffusionRecipe":
         if self.ema is None and self.ema_decay is None:
             raise ValueError("one of ema and ema_decay is required: averages are drawn from")
+        self._check_changes()
         self._check_tokens()
         self._check_channels()
         if getattr(self.data, "stream", False) and self.latent_variants:
@@ -371,6 +376,18 @@ class DiffusionRecipe(RecipeBase):
                 f" {self.schedule.num_train_timesteps}"
             )
         return self
+
+    def _check_changes(self) -> None:
+        if self.lora_rank is None:
+            return
+        if self.initial is None:
+            raise ValueError("lora_rank: is of changes of another model's weights; give initial")
+        if self.run.sharding:
+            raise ValueError("run.sharding is for whole models; of lora_rank little is trained")
+        if self.ema is not None and self.ema.kind == "power":
+            raise ValueError(
+                "ema: power functions are for whole models, not for changes of lora_rank"
+            )
 
     def _check_tokens(self) -> None:
         main, width = main_config(self.conditioning), self.unet.cross_attention_dim

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from mezzotint.checkpoints.model import load_first_stage
+from mezzotint.checkpoints.first_stages import load_first_stage
 from mezzotint.config import apply_overrides, read_yaml
 from mezzotint.data import ShardStream
 from mezzotint.data.latents import LatentCache
@@ -41,6 +41,7 @@ from mezzotint.training.health import Health
 from mezzotint.training.initial import begin_from
 from mezzotint.training.log import RunLog
 from mezzotint.training.loop import Task, run_loop
+from mezzotint.training.low_rank import train_changes
 from mezzotint.training.orders import TrainingData, epoch_length, open_training_data
 from mezzotint.training.parts import (
     check_buckets,
@@ -317,8 +318,13 @@ def _diffusion_task(
         (recipe.data.resolution, recipe.data.resolution),
     )
     if recipe.initial is not None:
-        begin_from(model, Path(recipe.initial).expanduser())
+        base = begin_from(model, Path(recipe.initial).expanduser())
         log.event(f"begun from the weights of {recipe.initial}")
+        if recipe.lora_rank is not None:
+            choose = partial(train_changes, recipe=recipe)
+            return DiffusionTask(
+                recipe, model, data, cache, execution, ranks, choose=choose, base=base
+            )
     return DiffusionTask(recipe, model, data, cache, execution, ranks)
 
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mezzotint.checkpoints.model import load_first_stage, load_model
+from mezzotint.checkpoints.first_stages import load_first_stage
+from mezzotint.checkpoints.model import load_model
 from mezzotint.data.emoji import EmojiData
 from mezzotint.device import Execution, select_device, select_precision
 from mezzotint.evaluation.evaluate import evaluate

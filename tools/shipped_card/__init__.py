@@ -1,0 +1,1 @@
+"""Measure shipped models on what training held out, and write their cards."""
