@@ -4,12 +4,13 @@ The pictures come from the npm packages ``@iconify-json/fluent-emoji`` (Microsof
 MIT) and ``@iconify-json/noto`` (Google's Noto Emoji, Apache-2.0), the captions, tags and groups
 from ``emojibase-data`` (MIT). A concept is an emoji without skin tone that stands in every set.
 
-Written are ``index.json`` and one ``<style>.bin`` per style: WebP pictures of 128 x 128 RGBA, one
-after the other, whose offsets the index holds. Equal versions of the tools give equal bytes.
+Written are ``index.json.gz`` and one ``<style>.bin`` per style: WebP pictures of 128 x 128 RGBA,
+one after the other, whose offsets the index holds. Equal versions of the tools give equal content.
 Needs npm and the package ``resvg_py``; takes a few minutes.
 """
 
 import argparse
+import gzip
 import hashlib
 import io
 import json
@@ -184,12 +185,13 @@ def build(places: dict[str, Path], workers: int) -> dict[str, bytes]:
         ],
         "styles": styles,
     }
-    files["index.json"] = "".join(index_lines(head, concepts)).encode()
+    text = "".join(index_lines(head, concepts)).encode()
+    files["index.json.gz"] = gzip.compress(text, mtime=0)
     return files
 
 
 def index_lines(head: dict[str, Any], concepts: list[dict[str, Any]]) -> Iterator[str]:
-    """The index as JSON with one concept a line, which a diff can show."""
+    """The index as JSON with one concept a line."""
     yield json.dumps(head, indent=1)[:-2] + ',\n "concepts": [\n'
     lines = [json.dumps(c, ensure_ascii=False, separators=(",", ":")) for c in concepts]
     yield ",\n".join(lines) + "\n ]\n}\n"
@@ -198,9 +200,13 @@ def index_lines(head: dict[str, Any], concepts: list[dict[str, Any]]) -> Iterato
 def differences(files: dict[str, bytes], folder: Path) -> list[str]:
     """Which files of a folder are not what was built, and those that should not stand there."""
     stand = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    return sorted(
-        name for name in files.keys() | stand.keys() if files.get(name) != stand.get(name)
-    )
+    both = [n for n in files if n in stand and _plain(n, files[n]) == _plain(n, stand[n])]
+    return sorted((files.keys() | stand.keys()) - {*both})
+
+
+def _plain(name: str, content: bytes) -> bytes:
+    """A file's content; versions of zlib compress the same into other bytes."""
+    return gzip.decompress(content) if name.endswith(".gz") else content
 
 
 def main() -> int:

@@ -270,7 +270,7 @@ def test_a_small_study_trains_measures_and_reports(output: Path) -> None:
     page = write_report(output).read_text(encoding="utf-8")
     assert "4 of 18 runs are done" in page and "cannot be told" in page
     assert "http://" not in page and "https://" not in page
-    for name in ("rate-distortion.png", "frequency.png", "quality-minutes.png", "points.csv"):
+    for name in ("rate-distortion.webp", "frequency.webp", "quality-minutes.webp", "points.csv"):
         assert (output / name).stat().st_size > 0
 
 

@@ -61,7 +61,7 @@ def test_from_training_to_the_table(
     assert (
         "trained for 2 steps" in text
         and "`sample_steps=1`" in text
-        and "(flow-logit-normal-seed0.png)" in text
+        and "(flow-logit-normal-seed0.webp)" in text
     )
     before = (output / "v-min-snr-seed0.json").stat().st_mtime_ns
     run_objectives_study(output, work, only=["v-min-snr"], **common, seeds=[0])

@@ -126,10 +126,10 @@ def test_the_same_plot_is_the_same_file_and_leaves_no_trace_in_matplotlib(tmp_pa
         lines = [Line(label="x", x=[1, 10], y=[1, 0.1], errors=[0.1, 0.01], names=["p", "q"])]
         plot = line_plot(lines, x_label="x", y_label="y", log_x=True, log_y=True, x_ticks=[1, 10])
         report.figure(plot, name, "the same")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.webp").read_bytes() == (tmp_path / "b.webp").read_bytes()
     assert dict(matplotlib.rcParams) == before
     assert pyplot.get_fignums() == []
-    with Image.open(tmp_path / "a.png") as image:
+    with Image.open(tmp_path / "a.webp") as image:
         assert image.size == (1080, 660)
 
 
@@ -145,7 +145,7 @@ def test_every_line_is_drawn_in_its_colour_and_named(tmp_path: Path) -> None:
     assert heights == sorted(heights)
     assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.02
     Report("colours", tmp_path).figure(figure, "lines", "")
-    pixels = np.asarray(Image.open(tmp_path / "lines.png").convert("RGB")).reshape(-1, 3)
+    pixels = np.asarray(Image.open(tmp_path / "lines.webp").convert("RGB")).reshape(-1, 3)
     seen = set(map(tuple, pixels.tolist()))
     for colour in COLOURS:
         assert tuple(bytes.fromhex(colour[1:])) in seen

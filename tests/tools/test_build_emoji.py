@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 from pathlib import Path
@@ -68,7 +69,7 @@ def packages(tmp_path: Path) -> dict[str, Path]:
 
 def test_concepts_are_those_of_every_set(tool: ModuleType, packages: dict[str, Path]) -> None:
     files = tool.build(packages, workers=1)
-    concepts = json.loads(files["index.json"])["concepts"]
+    concepts = json.loads(gzip.decompress(files["index.json.gz"]))["concepts"]
     assert [c["caption"] for c in concepts] == ["red heart", "man's shoe"]
     assert concepts[1]["tags"] == ["walk"] and concepts[0]["tags"] == []
     assert concepts[0] | {"pictures": None, "split": None} == {
@@ -79,7 +80,7 @@ def test_concepts_are_those_of_every_set(tool: ModuleType, packages: dict[str, P
 
 def test_the_index_leads_to_the_pictures(tool: ModuleType, packages: dict[str, Path]) -> None:
     files = tool.build(packages, workers=1)
-    for concept in json.loads(files["index.json"])["concepts"]:
+    for concept in json.loads(gzip.decompress(files["index.json.gz"]))["concepts"]:
         for style in ("fluent", "noto"):
             offset, length = concept["pictures"][style]
             picture = Image.open(io.BytesIO(files[f"{style}.bin"][offset : offset + length]))

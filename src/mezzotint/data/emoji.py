@@ -5,6 +5,7 @@ The files in ``assets/emoji`` are made by ``tools/build_emoji.py`` and read with
 
 import difflib
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -104,7 +105,7 @@ def _asset(name: str) -> bytes:
 
 @functools.cache
 def _index() -> dict[str, Any]:
-    return json.loads(_asset("index.json"))
+    return json.loads(gzip.decompress(_asset("index.json.gz")))
 
 
 @functools.cache

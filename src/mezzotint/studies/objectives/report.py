@@ -6,6 +6,7 @@ from statistics import mean
 
 from mezzotint.errors import DataError
 from mezzotint.studies.objectives.results import (
+    PICTURE,
     ObjectiveResult,
     Point,
     read_results,
@@ -122,7 +123,7 @@ def _pictures(results: Sequence[ObjectiveResult], output: Path) -> list[str]:
     lines = ["## The first classes, with guidance, from the same noise", ""]
     for name in OBJECTIVES:
         for result in results:
-            path = result_path(output, name, result.seed).with_suffix(".png")
+            path = result_path(output, name, result.seed).with_suffix(PICTURE)
             if result.objective == name and path.is_file():
                 lines += [f"![{name}, seed {result.seed}]({path.name})", ""]
     return lines

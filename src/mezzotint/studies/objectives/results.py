@@ -15,9 +15,12 @@ __all__ = [
     "Point",
     "read_results",
     "require_same",
+    "PICTURE",
     "result_path",
     "write_result",
 ]
+
+PICTURE = ".webp"  # of the sheets, which lie beside the results
 
 
 class Point(Config):

@@ -23,6 +23,7 @@ from mezzotint.models.features import load_features
 from mezzotint.studies.conditions.judging import judge_singles, scenes_of
 from mezzotint.studies.machine import this_machine
 from mezzotint.studies.objectives.results import (
+    PICTURE,
     ObjectiveResult,
     Point,
     read_results,
@@ -69,7 +70,7 @@ def run_objectives_study(
     """Do what is still missing of the study; each result is written when it is there.
 
     Args:
-        output: Folder of the results: ``<objective>-seed<n>.json`` and ``.png``.
+        output: Folder of the results: ``<objective>-seed<n>.json`` and ``.webp``.
         work: Folder of the training runs; a run that was stopped goes on.
         only: Objectives to do now; all by default.
         seeds: A model of each objective is trained for each.
@@ -143,7 +144,8 @@ class _Runner:
         last = read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
         self.output.mkdir(parents=True, exist_ok=True)
         path = result_path(self.output, name, seed)
-        image_grid(to_images(drawn[-1][:_SHOWN]), columns=_SHOWN).save(path.with_suffix(".png"))
+        sheet = image_grid(to_images(drawn[-1][:_SHOWN]), columns=_SHOWN)
+        sheet.save(path.with_suffix(PICTURE), quality=86)
         result = ObjectiveResult(
             objective=name,
             overrides=OBJECTIVES[name],
