@@ -24,7 +24,7 @@ from tools.train_shipped.programme import (
     run_piece,
     steps_done,
 )
-from tools.train_shipped.ship import describe_training, read_made, ship
+from tools.train_shipped.ship import describe_training, read_made, ship, take_shipped
 
 import mezzotint
 from mezzotint.checkpoints import shipped
@@ -170,6 +170,10 @@ def test_a_stage_begins_from_the_weights_of_another(whole: Programme, tmp_path: 
     assert "**pretraining**: 6 steps" in card
     assert "**text-to-image**: 6 steps" in card.split("**pretraining**")[1]
     assert card.count("Begun from the weights of pretraining.") == 1
+    taken = Programme("tiny", plan, tmp_path / "taken")
+    take_shipped(taken, tmp_path / "models")
+    assert train(taken) and not (taken.work / "pretraining").exists()
+    assert ship(taken, tmp_path / "models") == []
     record(programme.work, mine[:1])
     with pytest.raises(TrainingError, match="history.json says nothing of pretraining"):
         ship(programme, tmp_path / "models")
@@ -208,6 +212,18 @@ def test_other_tasks_are_shipped_as_what_they_change(
     text = "\n".join(describe_training("tiny-inpaint", read_made(folder)))
     assert "`python -m tools.train_shipped tiny`" in text and "it changes of `tiny`" in text
     assert "Begun from the weights of text-to-image." in text
+    # another work folder takes the text model from there, without the stages before it
+    begun = Programme("tiny", plan, tmp_path / "begun")
+    take_shipped(begun, models)
+    assert train(begun)
+    assert {piece.stage for piece in pieces_of(begun.work)} == set(begun.stages)
+    again = mezzotint.load(ship(begun, models)[-1]).model.state_dict()
+    for name, weight in pipeline.model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    with pytest.raises(TrainingError, match="autoencoder: is there already"):
+        take_shipped(begun, models)
+    with pytest.raises(TrainingError, match="no model is shipped here"):
+        take_shipped(begun, tmp_path)
     # elsewhere the base is found by its name
     shutil.copytree(folder, tmp_path / "alone" / "tiny-inpaint")
     assert mezzotint.load(tmp_path / "alone" / "tiny-inpaint").task == "inpainting"
@@ -328,8 +344,17 @@ def test_what_is_not_finished_or_too_large_is_not_shipped(
 def test_the_plans_are_recipes_whose_models_fit() -> None:
     for device, more in (("cpu", ("pretraining",)), ("gpu", ())):
         programme = open_programme("emoji", device, None, CPU)
-        assert programme.stages == ("autoencoder", *more, "text-to-image")
-        first, *before, text = (programme.recipe(stage) for stage in programme.stages)
+        further = ("upscale", "inpaint") if device == "cpu" else ()
+        assert programme.stages == ("autoencoder", *more, "text-to-image", *further)
+        first, *before, text = (
+            programme.recipe(stage) for stage in ("autoencoder", *more, "text-to-image")
+        )
+        for stage in further:
+            other = programme.recipe(stage)
+            assert other.initial == f"runs/shipped/emoji-{device}/text-to-image/half"
+            assert other.conditioning.main == text.conditioning and other.schedule == text.schedule
+            same = {"in_channels": text.unet.in_channels}
+            assert other.unet.model_copy(update=same) == text.unet
         assert text.initial == (f"runs/shipped/emoji-{device}/pretraining/half" if more else None)
         for other in before:
             for part in ("unet", "data", "conditioning", "first_stage"):

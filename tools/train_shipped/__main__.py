@@ -15,11 +15,12 @@ from tools.train_shipped.carry import carry_in, carry_out
 from tools.train_shipped.programme import (
     Programme,
     is_finished,
+    is_spent,
     open_programme,
     run_piece,
     steps_done,
 )
-from tools.train_shipped.ship import ship
+from tools.train_shipped.ship import ship, take_shipped
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -42,7 +43,11 @@ def standing(programme: Programme) -> list[str]:
     for stage in programme.stages:
         run, most = programme.work / stage, programme.recipe(stage).budget.max_steps
         done = f"step {steps_done(run):,}" + (f" of {most:,}" if most is not None else "")
-        lines.append(f"{programme.model}, {stage}: {'finished' if is_finished(run) else done}")
+        if is_finished(run):
+            done = "finished"
+        elif is_spent(programme, stage):
+            done = "not needed, as what was begun from it is finished"
+        lines.append(f"{programme.model}, {stage}: {done}")
     return lines
 
 
@@ -57,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where the runs are kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--processes", type=int, help="on the processor; one a core by default")
+    parser.add_argument(
+        "--from-shipped", action="store_true", help="train other tasks from the shipped model"
+    )
     parser.add_argument("--carry-in", type=Path, metavar="FOLDER", help="go on from small files")
     parser.add_argument("--carry-out", type=Path, metavar="FOLDER", help="write small files")
     parser.add_argument("--ship", action="store_true", help="write what was trained to the assets")
@@ -66,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         until = begun + seconds_of(told.budget)
         device = select_device(told.device)
         programme = open_programme(told.model, told.plan, told.work, device)
+        if told.from_shipped:
+            take_shipped(programme)
         if told.carry_in is not None:
             carry_in(programme, told.carry_in)
         if told.ship:

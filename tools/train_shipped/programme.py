@@ -31,6 +31,7 @@ __all__ = [
     "Piece",
     "Programme",
     "is_finished",
+    "is_spent",
     "keep",
     "must_follow",
     "open_programme",
@@ -147,6 +148,16 @@ def is_finished(run: Path) -> bool:
     return any((run / HALF / name).is_file() for name in _LAST_WRITTEN)
 
 
+def is_spent(programme: Programme, stage: str) -> bool:
+    """Whether what was begun from a stage is finished, so that it is needed no more."""
+    result = (programme.work / stage / HALF).as_posix()
+    return any(
+        is_finished(programme.work / other)
+        and getattr(programme.recipe(other), "initial", None) == result
+        for other in programme.stages
+    )
+
+
 def must_follow(programme: Programme, stage: str, folder: Path) -> None:
     """Refuse weights that another recipe than the plan's made.
 
@@ -218,6 +229,8 @@ def run_piece(
         run = programme.work / stage
         if is_finished(run):
             must_follow(programme, stage, run / HALF)
+            continue
+        if is_spent(programme, stage):
             continue
         if time.time() >= stop:
             return False

@@ -9,19 +9,33 @@ from typing import Any
 
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import load_model
+from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.shipped import write_sums
 from mezzotint.errors import TrainingError
 from mezzotint.training.recipe import DiffusionRecipe
 from tools.train_shipped.programme import (
     HALF,
+    PLANNED,
+    Piece,
     Programme,
     is_finished,
     keep,
     must_follow,
     pieces_of,
+    record,
+    steps_done,
 )
 
-__all__ = ["CARD", "DRAWN", "MODELS", "ROOT", "describe_training", "read_made", "ship"]
+__all__ = [
+    "CARD",
+    "DRAWN",
+    "MODELS",
+    "ROOT",
+    "describe_training",
+    "read_made",
+    "ship",
+    "take_shipped",
+]
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "src/mezzotint/assets/models"
@@ -57,15 +71,46 @@ def ship(programme: Programme, models: Path = MODELS) -> list[Path]:
     """
     last = programme.stages.index(DRAWN) + 1
     first, further = programme.stages[:last], programme.stages[last:]
-    for stage in first:
-        if not is_finished(programme.work / stage):
-            raise TrainingError(f"{programme.work / stage}: not finished; train on, then ship")
-    shipped = [_ship(programme, first, programme.model, models)]
+    base, shipped = models / programme.model, list[Path]()
+    lacking = [stage for stage in first if not is_finished(programme.work / stage)]
+    # what lies there already may have been taken from there, see `take_shipped`
+    if DRAWN in lacking or (lacking and not base.is_dir()):
+        raise TrainingError(f"{programme.work / lacking[0]}: not finished; train on, then ship")
+    if not lacking:
+        shipped.append(_ship(programme, first, programme.model, models))
     for stage in further:
         if is_finished(programme.work / stage):
             name = f"{programme.model}-{stage}"
-            shipped.append(_ship(programme, (stage,), name, models, shipped[0]))
+            shipped.append(_ship(programme, (stage,), name, models, base))
     return shipped
+
+
+def take_shipped(programme: Programme, models: Path = MODELS) -> None:
+    """Begin a work folder with the text model that is shipped, to train other tasks from it.
+
+    Args:
+        programme: Its work folder has no text model yet.
+        models: The folder of all shipped models.
+
+    Raises:
+        ConfigError: If the model was trained by another plan.
+        TrainingError: If none is shipped, or the work folder has one.
+    """
+    folder = models / programme.model
+    if not (folder / _MADE).is_file():
+        raise TrainingError(f"{folder}: no model is shipped here")
+    made = read_made(folder)
+    parts = {"autoencoder": ("vae",), DRAWN: ("vae", "unet", "scheduler", "conditioner")}
+    for stage, names in parts.items():
+        if steps_done(programme.work / stage) or is_finished(programme.work / stage):
+            raise TrainingError(f"{programme.work / stage}: is there already; go on with it")
+        half = programme.work / stage / HALF
+        for name in names:
+            shutil.copytree(folder / name, half / name)
+        shutil.copyfile(folder / f"{stage}.yaml", half / PLANNED)
+        must_follow(programme, stage, half)
+    shutil.copyfile(folder / INDEX, programme.work / DRAWN / HALF / INDEX)
+    record(programme.work, [Piece(**piece) for piece in made["pieces"]])
 
 
 def _ship(
