@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.growth import exponents
 from benchmarks.side_by_side import Record, rows
-from mezzotint.studies.plots import Line, line_plot, plot_style
+from mezzotint.studies.plots import Line, line_plot, plot_bytes
 from mezzotint.studies.speed import PEAK_WORDS
 
 PAGE = Path("docs/results/performance.md")
@@ -73,9 +73,7 @@ def plot_growth(record: Record, path: Path) -> None:
         log_y=True,
         x_ticks=at,
     )
-    with plot_style():
-        # without matplotlib's version the same figure is the same file
-        figure.savefig(path, format="png", metadata={"Software": None})
+    path.write_bytes(plot_bytes(figure))
 
 
 def growth_section(name: str, record: Record, folder: Path) -> list[str]:
@@ -83,10 +81,10 @@ def growth_section(name: str, record: Record, folder: Path) -> list[str]:
     assert record.axis is not None
     ours, theirs = exponents(record)
     of = "the pixels" if record.axis == "resolution" else LABELS[record.axis]
-    plot_growth(record, folder / f"{name}.png")
+    plot_growth(record, folder / f"{name}.webp")
     first, peer = record.comparisons[0], record.comparisons[0].peer
     lines = [f"## Seconds by {LABELS[record.axis]}", ""]
-    lines += [f"![Seconds by {LABELS[record.axis]}]({folder.name}/{name}.png)", ""]
+    lines += [f"![Seconds by {LABELS[record.axis]}]({folder.name}/{name}.webp)", ""]
     lines += [f"Mezzotint in {first.mezzotint} grows with the power {ours:.2f} of {of};"]
     lines += [f"{peer} with {theirs:.2f}."]
     if record.axis == "batch":

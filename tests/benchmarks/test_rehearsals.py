@@ -124,10 +124,10 @@ def test_a_curve_and_its_page(
     performance.main(["--page", str(page), "--tiny"])
     text = page.read_text()
     assert "| UNet step, latents 2 x 4 x 8 x 8 | float32 |" in text
-    assert "![Seconds by pictures at once](performance/growth-batch.png)" in text
+    assert "![Seconds by pictures at once](performance/growth-batch.webp)" in text
     assert "Seconds a picture, by how many are drawn at once: 1:" in text
     assert text.count("python -m benchmarks.growth") == 1
-    assert (folder / "growth-batch.png").stat().st_size > 1000
+    assert (folder / "growth-batch.webp").stat().st_size > 1000
     with pytest.raises(SystemExit, match="rehearsal with tiny networks"):
         performance.main(["--page", str(page)])
 

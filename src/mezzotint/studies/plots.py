@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from mezzotint.errors import MissingExtraError
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Line", "draw_lines", "line_plot", "new_figure", "plot_style"]
+__all__ = ["COLOURS", "Line", "draw_lines", "line_plot", "new_figure", "plot_bytes", "plot_style"]
 
 # Okabe and Ito's colours, which people of every colour vision tell apart; their yellow is left out
 # because it cannot be read on white
@@ -77,6 +80,16 @@ class Line:
     names: Sequence[str] | None = None
     colour: str | None = None
     dashed: bool = False
+
+
+def plot_bytes(figure: Figure) -> bytes:
+    """Return a figure as WebP, without loss: the same figure is the same bytes, half of PNG's."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    with plot_style():
+        figure.savefig(drawn, format="png")
+    with Image.open(drawn) as image:
+        image.convert("RGB").save(buffer, format="WEBP", lossless=True, method=6)
+    return buffer.getvalue()
 
 
 @contextlib.contextmanager

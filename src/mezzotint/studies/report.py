@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from PIL import Image
 
 from mezzotint.checkpoints.folder import write_atomically
-from mezzotint.studies.plots import plot_style
+from mezzotint.studies.plots import plot_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Cell", "Measured", "Report", "plot_style"]
+__all__ = ["Cell", "Measured", "Report"]
 
 _LONG = 40  # letters; longer texts in a table are wrapped
 _QUALITY = 92  # of WebP: no difference to be seen
@@ -146,12 +146,7 @@ class Report:
             caption: What is to be seen, under the plot.
             alt: For those who cannot see it; the caption if left out.
         """
-        drawn, buffer = io.BytesIO(), io.BytesIO()
-        with plot_style():
-            figure.savefig(drawn, format="png")
-        with Image.open(drawn) as image:
-            image.convert("RGB").save(buffer, format="WEBP", lossless=True, method=6)
-        self._picture(buffer.getvalue(), name, caption, alt)
+        self._picture(plot_bytes(figure), name, caption, alt)
 
     def picture(self, image: Image.Image, name: str, caption: str, alt: str = "") -> None:
         """Show a picture, and write it as ``<name>.webp``; arguments as of `figure`.
