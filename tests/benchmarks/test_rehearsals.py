@@ -1,5 +1,6 @@
 """Every comparison with a peer, rehearsed with tiny networks."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,16 @@ import torch
 from benchmarks.peers import running
 from benchmarks.side_by_side import AGREEMENT, Comparison, Record
 
-from benchmarks import decode, growth, performance, startup, text_to_image, training_step, unet_step
+from benchmarks import (
+    approximation_cost,
+    decode,
+    growth,
+    performance,
+    startup,
+    text_to_image,
+    training_step,
+    unet_step,
+)
 
 
 def rehearse(module: ModuleType, work: Path, output: Path, *words: str) -> Record:
@@ -159,3 +169,21 @@ def test_a_peer_runs_as_its_name_says(peer: str, inference: bool) -> None:
     with running(peer):
         assert not torch.is_grad_enabled()
         assert torch.is_inference_mode_enabled() == inference
+
+
+def test_the_price_of_approximations_is_of_the_same_captions_and_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options that change nothing cost nothing; what lies there is not drawn again."""
+    output, work = tmp_path / "cost.json", tmp_path / "work"
+    told = ["--pictures", "4", "--steps", "2", "--work", str(work), "--output", str(output)]
+    same = ["--feature-reuse", "1", "--guidance-interval", "0", "1e9"]
+    approximation_cost.main([*told, *same])
+    result = json.loads(output.read_text())
+    assert result["costs"] == pytest.approx(0, abs=1e-6) and result["pictures"] == 4
+    assert result["kid"]["plain"][0] > 0
+    assert "the options cost +0.0%" in capsys.readouterr().out.replace("-0.0%", "+0.0%")
+    approximation_cost.main([*told, "--feature-reuse", "2", "--guidance-interval", "0", "1e-6"])
+    assert json.loads(output.read_text())["costs"] != result["costs"]
+    drawn = capsys.readouterr().out
+    assert "approximated-" in drawn and "plain-" not in drawn
