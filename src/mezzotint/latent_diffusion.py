@@ -260,6 +260,7 @@ def run_unet(
     """Ask a UNet, or what stands for one; see `LatentDiffusion.predict`."""
     if cond.concat is not None:
         x = torch.cat([x, cond.concat], dim=1)
+    more = {} if cond.crossattn_boxes is None else {"context_boxes": cond.crossattn_boxes}
     return unet(
         x,
         timestep,
@@ -268,6 +269,7 @@ def run_unet(
         vector=cond.vector,
         guidance=guidance,
         memory=memory,
+        **more,
     )
 
 

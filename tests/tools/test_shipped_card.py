@@ -7,21 +7,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tools.shipped_card import scenes
 from tools.shipped_card.__main__ import main
 from tools.shipped_card.scoring import Asked, concept_accuracy, portraits_of, recipe_of
 
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import save_model
-from mezzotint.conditioning.spatial import (
-    HybridConditioner,
-    InpaintingConditioner,
-    InpaintingConditionerConfig,
-    LowResConditioner,
-    LowResConditionerConfig,
-)
-from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig, train_tokenizer
+from mezzotint.conditioning.build import build_conditioner
+from mezzotint.conditioning.text import train_tokenizer
 from mezzotint.config import to_yaml
 from mezzotint.data.portraits import PortraitsData, PortraitsDataConfig, portrait_caption
+from mezzotint.data.scenes import ScenesData, ScenesDataConfig
 from mezzotint.diffusion.schedule import ScheduleConfig
 from mezzotint.latent_diffusion import LatentDiffusion, LatentNormalization
 from mezzotint.models.autoencoder import (
@@ -60,6 +56,9 @@ def test_pictures_of_what_was_asked_pass_and_pictures_of_something_else_do_not()
     assert concept_accuracy(data, asked, others) == 0.0
 
 
+DATA = {"kind": "portraits", "concepts": CONCEPTS, "resolution": 16, "count": 24}
+
+
 def untrained(models: Path, stage: str, spatial: dict[str, Any] | None, **more: Any) -> Path:
     """Write an untrained model, as it is shipped; f = 2 where it is told a picture."""
     torch.manual_seed(0)
@@ -73,7 +72,7 @@ def untrained(models: Path, stage: str, spatial: dict[str, Any] | None, **more: 
         {
             "kind": "diffusion",
             "name": "tiny",
-            "data": {"kind": "portraits", "concepts": CONCEPTS, "resolution": 16, "count": 24},
+            "data": more.pop("data", DATA),
             "first_stage": told,
             "unet": unet,
             "conditioning": conditioning,
@@ -81,26 +80,14 @@ def untrained(models: Path, stage: str, spatial: dict[str, Any] | None, **more: 
             **more,
         }
     )
-    captions = [portrait_caption(name) for name in CONCEPTS]
-    main_part = TextConditioner(
-        TextConditionerConfig.from_dict(TEXT), train_tokenizer(captions, 128)
-    )
-    kinds: dict[str, Any] = {
-        "inpainting": lambda told: InpaintingConditioner(
-            InpaintingConditionerConfig.from_dict(told)
-        ),
-        "low_res": lambda told: LowResConditioner(LowResConditionerConfig.from_dict(told)),
-    }
-    conditioner: Any = main_part
-    if spatial is not None:
-        conditioner = HybridConditioner(main_part, kinds[spatial["kind"]](spatial))
+    words = train_tokenizer([portrait_caption(name) for name in CONCEPTS], 128)
     model = LatentDiffusion(
         first_stage,
         UNet(UNetConfig.from_dict(unet)),
-        conditioner,
+        build_conditioner(recipe.conditioning, words),
         ScheduleConfig(),
         LatentNormalization.from_scale_factor(1.0),
-        (16, 16),
+        (recipe.data.resolution, recipe.data.resolution),
     )
     folder = models / ("tiny" if spatial is None else f"tiny-{stage}")
     save_model(model, folder, defaults=SamplingDefaults(sampler="ddim", guidance_scale=2.0))
@@ -168,6 +155,28 @@ def test_all_is_measured_and_written(models: Path, tmp_path: Path) -> None:
     assert "right concept among 64" in card and f"#{card.rstrip()}" in page
     assert "![drawn](shipped/tiny.webp)" in page
     assert (docs / "shipped/tiny.webp").is_file()
+
+
+def test_scenes_are_judged_box_by_box(tmp_path: Path) -> None:
+    """The scenes themselves are all right and all inside; an untrained model's noise is not."""
+    regions = {"kind": "regions", "max_objects": 3}
+    data = {"kind": "scenes", "concepts": "well-known", "resolution": 64, "max_objects": 2}
+    data |= {"min_size": 0.35, "max_size": 0.5}
+    unet = {"in_channels": 7, "out_channels": 4}
+    models = untrained(tmp_path, "scenes", regions, unet=unet, data=data)
+    docs = tmp_path / "docs"
+    told = ["tiny-scenes", "--models", str(models), "--docs", str(docs), "--pictures", "3"]
+    assert main([*told, "--device", "cpu"]) == 0
+    numbers = json.loads((docs / "shipped/tiny-scenes.json").read_text())
+    assert numbers["right"] < 0.7 and numbers["strange_right"] < 0.7
+    assert 0.1 < numbers["inside"] < 0.9
+    assert "emoji that no scene of training had" in (docs / "shipped.md").read_text()
+    held_out = {"split": "validation", "backgrounds": ["plain"], "min_objects": 2, "count": 6}
+    real = ScenesData(ScenesDataConfig.from_dict(data | held_out))
+    shown = [real.scene(k) for k in range(6)]
+    images = [real.load(k).image for k in range(6)]
+    assert scenes.right(real, shown, images) > 0.9
+    assert scenes.inside(real, shown, images) > 0.99
 
 
 def test_what_is_held_out_is_what_the_recipe_says(models: Path) -> None:

@@ -344,7 +344,7 @@ def test_what_is_not_finished_or_too_large_is_not_shipped(
 def test_the_plans_are_recipes_whose_models_fit() -> None:
     for device, more in (("cpu", ("pretraining",)), ("gpu", ())):
         programme = open_programme("emoji", device, None, CPU)
-        further = ("upscale", "inpaint") if device == "cpu" else ()
+        further = ("upscale", "inpaint", "scenes") if device == "cpu" else ()
         assert programme.stages == ("autoencoder", *more, "text-to-image", *further)
         first, *before, text = (
             programme.recipe(stage) for stage in ("autoencoder", *more, "text-to-image")

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mezzotint.errors import CheckpointError, MezzotintError
 from mezzotint.generation.pipeline import Pipeline, load
-from tools.shipped_card import inpaint, text, upscale
+from tools.shipped_card import inpaint, scenes, text, upscale
 from tools.shipped_card.scoring import Card, table
 from tools.train_shipped.ship import CARD, DRAWN, MODELS, ROOT, describe_training, read_made
 
 _MEASURE: dict[str, Callable[[Pipeline, Path, str, int], Card]] = {
     DRAWN: text.card,
     "inpaint": inpaint.card,
+    "scenes": scenes.card,
     "upscale": upscale.card,
 }
 

@@ -16,6 +16,7 @@ __all__ = [
     "Conditioner",
     "Conditioning",
     "Emphasis",
+    "Region",
     "TextOptions",
     "Unconditional",
 ]
@@ -32,6 +33,8 @@ class Conditioning:
     Attributes:
         crossattn: ``(B, M, d)`` tokens tau_theta(y), attended to by every cross-attention layer.
         crossattn_mask: ``(B, M)`` bool, true where a token is real; absent means all are.
+        crossattn_boxes: ``(B, M, 4)`` left, top, right and bottom of the part of the picture that
+            attends to a token, as shares; absent means all of it does.
         concat: ``(B, C, h, w)`` concatenated to the noisy latent, never scaled by c_in.
         vector: ``(B, d)`` float, added to the time embedding, or ``(B,)`` integer class labels,
             embedded by the network.
@@ -39,6 +42,7 @@ class Conditioning:
 
     crossattn: Tensor | None = None
     crossattn_mask: Tensor | None = None
+    crossattn_boxes: Tensor | None = None
     concat: Tensor | None = None
     vector: Tensor | None = None
 
@@ -50,6 +54,8 @@ class Conditioning:
             parts = tuple(p.pad(length) for p in parts)
             if any(p.crossattn_mask is not None for p in parts):
                 parts = tuple(p.with_mask() for p in parts)
+            if any(p.crossattn_boxes is not None for p in parts):
+                parts = tuple(p.with_boxes() for p in parts)
         return Conditioning(
             **{f.name: _cat([getattr(p, f.name) for p in parts], f.name) for f in fields(self)}
         )
@@ -59,12 +65,13 @@ class Conditioning:
         if self.crossattn is None or self.crossattn.shape[1] == length:
             return self
         extra = length - self.crossattn.shape[1]
-        masked = self.with_mask()
+        masked, boxes = self.with_mask(), self.crossattn_boxes
         assert masked.crossattn_mask is not None
         return replace(
             self,
             crossattn=F.pad(self.crossattn, (0, 0, 0, extra)),
             crossattn_mask=F.pad(masked.crossattn_mask, (0, extra), value=False),
+            crossattn_boxes=None if boxes is None else F.pad(boxes, (0, 0, 0, extra)),
         )
 
     def with_mask(self) -> "Conditioning":
@@ -73,6 +80,13 @@ class Conditioning:
             return self
         ones = torch.ones(self.crossattn.shape[:2], dtype=torch.bool, device=self.crossattn.device)
         return replace(self, crossattn_mask=ones)
+
+    def with_boxes(self) -> "Conditioning":
+        """Return the same value with the whole picture as the box of each token."""
+        if self.crossattn is None or self.crossattn_boxes is not None:
+            return self
+        whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.crossattn.device)
+        return replace(self, crossattn_boxes=whole.repeat(*self.crossattn.shape[:2], 1))
 
     def repeat(self, count: int) -> "Conditioning":
         """Repeat a batch of one ``count`` times."""
@@ -130,6 +144,30 @@ class Box:
     bottom: float
 
 
+@dataclass(frozen=True)
+class Region:
+    """A part of the picture, and words for what it shows.
+
+    Attributes:
+        words: Such as ``"a red apple"``.
+        left: Of the box, as a share of the image's width, from 0 to 1.
+        top: As a share of its height.
+        right: As a share of its width, above ``left``.
+        bottom: As a share of its height, above ``top``.
+    """
+
+    words: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom."""
+        return self.left, self.top, self.right, self.bottom
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConditionInputs:
     """What a user or a data set says of a batch, before any conditioner has read it.
@@ -143,6 +181,10 @@ class ConditionInputs:
             asked again.
         labels: One class index a sample.
         layouts: The boxes of each sample.
+        regions: The same with words in place of classes.
+        unnamed: Whether the words of regions are left out, as in the half of a guided batch that
+            is told nothing, and their places are not.
+        latent_size: Height and width of the latents, for regions.
         maps: ``(B, H, W)`` integer class of every pixel.
         low_res: ``(B, 3, h, w)`` small images in -1..1; see `LowResConditionerConfig`.
         masked_latents: ``(B, C, h, w)`` normalised latents of the images without what is to be
@@ -156,6 +198,9 @@ class ConditionInputs:
     tokens: Mapping[str, Tensor] | None = None
     labels: Sequence[int] | None = None
     layouts: Sequence[Sequence[Box]] | None = None
+    regions: Sequence[Sequence[Region]] | None = None
+    unnamed: bool = False
+    latent_size: tuple[int, int] | None = None
     maps: Tensor | None = None
     low_res: Tensor | None = None
     masked_latents: Tensor | None = None
@@ -169,13 +214,13 @@ class Conditioner(nn.Module):
         wants: The input that it reads for cross-attention: ``"caption"``, ``"label"``,
             ``"layout"`` or nothing.
         wants_concat: The input that it reads for concatenation: ``"map"``, ``"low_res"``,
-            ``"inpainting"`` or nothing.
+            ``"inpainting"``, ``"regions"`` or nothing.
         concat_channels: How many channels it concatenates.
         description: For messages, what it wants, in words.
     """
 
     wants: Literal["caption", "label", "layout"] | None = None
-    wants_concat: Literal["map", "low_res", "inpainting"] | None = None
+    wants_concat: Literal["map", "low_res", "inpainting", "regions"] | None = None
     concat_channels: int = 0
     description: str = "nothing: it is unconditional"
 

@@ -12,6 +12,7 @@ from mezzotint.conditioning.bert import BertTextConditioner, BertTextConditioner
 from mezzotint.conditioning.classes import ClassConditioner, ClassConditionerConfig
 from mezzotint.conditioning.clip import ClipConditioner, ClipConditionerConfig
 from mezzotint.conditioning.layout import LayoutConditioner, LayoutConditionerConfig
+from mezzotint.conditioning.regions import RegionsConditioner, RegionsConditionerConfig
 from mezzotint.conditioning.spatial import (
     HybridConditioner,
     InpaintingConditioner,
@@ -52,6 +53,7 @@ CONFIGURATIONS: Mapping[type[Conditioner], type[Config]] = {
     SemanticMapConditioner: SemanticMapConditionerConfig,
     LowResConditioner: LowResConditionerConfig,
     InpaintingConditioner: InpaintingConditionerConfig,
+    RegionsConditioner: RegionsConditionerConfig,
 }
 # what is built of a tokenizer too, and the published one if there is one
 READ_TEXT: Mapping[type[Conditioner], Callable[[], Tokenizer] | None] = {
@@ -69,7 +71,12 @@ MainConfig = (
     | ClassConditionerConfig
     | LayoutConditionerConfig
 )
-SpatialConfig = SemanticMapConditionerConfig | LowResConditionerConfig | InpaintingConditionerConfig
+SpatialConfig = (
+    SemanticMapConditionerConfig
+    | LowResConditionerConfig
+    | InpaintingConditionerConfig
+    | RegionsConditionerConfig
+)
 
 
 class UnconditionalConfig(Config):
@@ -117,6 +124,8 @@ def concat_channels(config: ConditioningConfig) -> int:
             return spatial.channels * spatial.fold**2
         case InpaintingConditionerConfig() as spatial:
             return spatial.latent_channels + 1  # and the mask
+        case RegionsConditionerConfig() as spatial:
+            return spatial.max_objects
         case None:
             return 0
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.conditioning.base import Conditioner, Conditioning, ConditionInputs
+from mezzotint.conditioning.regions import RegionsConditioner
 from mezzotint.config import Config, Width
 from mezzotint.errors import RequestError
 
@@ -242,8 +243,12 @@ class HybridConditioner(Conditioner):
             drop: ``(B,)`` bool, true where the main part is replaced by its null.
             drop_spatial: The same of the spatial part, which guidance never drops.
         """
-        spatial = self.spatial(inputs, drop_spatial)
-        return replace(self.main(inputs, drop), concat=spatial.concat)
+        spatial, told = self.spatial(inputs, drop_spatial), self.main(inputs, drop)
+        if isinstance(self.spatial, RegionsConditioner):
+            told = self.spatial.with_phrases(self.main, told, inputs, drop)
+            assert spatial.concat is not None and told.crossattn is not None
+            spatial = replace(spatial, concat=spatial.concat.to(told.crossattn.device))
+        return replace(told, concat=spatial.concat)
 
     def null(self, count: int) -> Conditioning:
         """Return the main part's null, without anything to concatenate.

@@ -15,6 +15,7 @@ from mezzotint.config import Config
 from mezzotint.data.base import Description, Example, Fault
 from mezzotint.data.chance import Chance
 from mezzotint.data.emoji import EmojiData, EmojiDataConfig, Style, find_concept
+from mezzotint.data.portraits import well_known
 from mezzotint.data.scene_backgrounds import GROUNDS, Ground, Kind, draw_background, paint
 from mezzotint.data.scene_layout import (
     RELATIONS,
@@ -73,13 +74,14 @@ _FORMAT = 1  # raised when the same configuration comes to give other scenes
 class ScenesDataConfig(Config):
     """Which scenes, and what they are made of.
 
-    Sizes are the longer side of an object, as a share of the picture's side.
+    Sizes are the longer side of an object, as a share of the picture's side. The concepts
+    ``well-known`` are those of `mezzotint.data.portraits.well_known` in the emoji's training split.
     """
 
     kind: Literal["scenes"] = "scenes"
     resolution: int = Field(default=64, ge=64, le=256, multiple_of=8)
     style: Style = "fluent"
-    concepts: SceneSubset | tuple[str, ...] = "scenes-32"
+    concepts: SceneSubset | Literal["well-known"] | tuple[str, ...] = "scenes-32"
     split: Literal["train", "validation"] = "train"  # of compositions; see ScenesData
     count: int = Field(default=4096, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -128,6 +130,8 @@ class ScenesDataConfig(Config):
     @property
     def concept_names(self) -> tuple[str, ...]:
         """The concepts as they are written, a subset's one by one."""
+        if self.concepts == "well-known":  # but for the emoji's validation split
+            return tuple(name for name in well_known() if find_concept(name).split == "train")
         return SCENE_CONCEPTS[self.concepts] if isinstance(self.concepts, str) else self.concepts
 
 

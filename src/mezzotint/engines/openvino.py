@@ -222,7 +222,10 @@ def _unet_forward(unet: UNet, run: Callable[..., Tensor]) -> Callable[..., Tenso
         vector: Tensor | None = None,
         guidance: Tensor | None = None,
         memory: object = None,  # torch's keys and values, which this engine computes for itself
+        context_boxes: Tensor | None = None,
     ) -> Tensor:
+        if context_boxes is not None:
+            raise RequestError(f"the engine 'openvino' knows no words of boxes; {_INSTEAD}")
         unet.check_conditions(context, vector, guidance)
         return run(x, unet.embed(timestep, vector, guidance), context, context_mask)
 

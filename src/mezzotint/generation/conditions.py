@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mezzotint.conditioning.base import ConditionInputs, TextOptions
+from mezzotint.conditioning.base import ConditionInputs, Region, TextOptions
 from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.conditioning.clip import ClipConditioner
 from mezzotint.conditioning.layout import LayoutConditioner, read_layout
@@ -19,6 +19,7 @@ from mezzotint.conditioning.spatial import (
     main_conditioner,
     spatial_conditioner,
 )
+from mezzotint.errors import RequestError
 from mezzotint.generation.canvas import Canvas
 from mezzotint.generation.request import GenerationRequest
 from mezzotint.latent_diffusion import LatentDiffusion
@@ -62,6 +63,10 @@ def condition_inputs(
             for request in requests
         ]
     device = pipeline.execution.device
+    regions = size = None
+    if conditioner.wants_concat == "regions":
+        regions = [_regions(request) for request in requests]
+        size = pipeline.model.latent_shape(canvas.drawn_height, canvas.drawn_width)[1:]
     masked = mask = None
     if isinstance(spatial_conditioner(conditioner), InpaintingConditioner):
         assert canvas.image is not None and canvas.mask is not None, "the request has both"
@@ -72,11 +77,25 @@ def condition_inputs(
         text=TextOptions(emphasis=first.emphasis, clip_skip=first.clip_skip),
         labels=labels,
         layouts=layouts,
+        regions=regions,
+        latent_size=size,
         maps=None if canvas.maps is None else canvas.maps.to(device),
         low_res=None if canvas.low_res is None else canvas.low_res.to(device),
         masked_latents=masked,
         mask=mask,
     )
+
+
+def _regions(request: GenerationRequest) -> tuple[Region, ...]:
+    """The boxes of a request, whose labels are words."""
+    found: list[Region] = []
+    for number, each in enumerate(request.layout or ()):
+        if not isinstance(each.label, str) or not each.label.strip():
+            raise RequestError(
+                f"layout[{number}].label: expected words for what the box shows, got {each.label!r}"
+            )
+        found.append(Region(each.label, *each.box))
+    return tuple(found)
 
 
 def latent_mask(mask: Tensor, shape: tuple[int, int, int], *, cover: bool) -> Tensor:

@@ -56,6 +56,7 @@ _BY_CONCATENATION: dict[str, Task] = {
     "map": "map-to-image",
     "low_res": "super-resolution",
     "inpainting": "inpainting",
+    "regions": "layout-to-image",
 }
 # what any model does that is told nothing by concatenation, beside its own task
 _FROM_A_PICTURE = ("image-to-image", "inpainting", "outpainting")
@@ -130,6 +131,13 @@ class Pipeline:
         return _BY_CONDITION[conditioner.wants]
 
     @property
+    def _told(self) -> frozenset[str]:
+        """Which of the fields of `_CONDITIONS` the model is told."""
+        conditioner = self.model.conditioner
+        told = {name for name, kind in _CONDITIONS.items() if kind == conditioner.wants}
+        return frozenset(told | ({"layout"} if conditioner.wants_concat == "regions" else set()))
+
+    @property
     def tasks(self) -> tuple[Task, ...]:
         """All that the model can be asked for."""
         if self.model.conditioner.wants_concat == "inpainting":
@@ -172,13 +180,13 @@ class Pipeline:
                 f"{self.name}: the model wants {description}; its task is {self.task!r}, not"
                 f" {request.task!r}"
             )
-        wants = self.model.conditioner.wants
-        for name, kind in _CONDITIONS.items():
-            if getattr(request, name) is not None and wants != kind:
+        told = self._told
+        for name in _CONDITIONS:
+            if getattr(request, name) is not None and name not in told:
                 raise RequestError(
                     f"{self.name}: the model wants {description}, but was given {_WORDS[name]}"
                 )
-            if getattr(request, name) is None and wants == kind:
+            if getattr(request, name) is None and name in told:
                 raise RequestError(f"{self.name}: the model wants {description}")
         for name, why in self.engine.lacks.items():
             if getattr(request, name):
@@ -244,7 +252,7 @@ class Pipeline:
         return request
 
     def _task_of(self, given: dict[str, Any]) -> Task:
-        if self.model.conditioner.wants_concat in ("low_res", "map"):
+        if self.model.conditioner.wants_concat in ("low_res", "map", "regions"):
             return self.task
         if "padding" in given:
             return "outpainting"
@@ -254,11 +262,11 @@ class Pipeline:
 
     def _missing(self, given: dict[str, Any]) -> str | None:
         """What the model wants, if the fields do not have it or have another condition."""
-        wants, description = self.model.conditioner.wants, self.model.conditioner.description
-        for name, kind in _CONDITIONS.items():
-            if name in given and wants != kind:
+        description, told = self.model.conditioner.description, self._told
+        for name in _CONDITIONS:
+            if name in given and name not in told:
                 return f"{self.name}: the model wants {description}, but was given {_WORDS[name]}"
-            if name not in given and wants == kind:
+            if name not in given and name in told:
                 return f"{self.name}: the model wants {description}"
         needed = {"low_res": ("image",), "map": ("semantic_map",), "inpainting": ("image",)}
         for name in needed.get(self.model.conditioner.wants_concat or "", ()):

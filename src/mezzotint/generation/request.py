@@ -55,6 +55,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 }
 _CONDITIONS = ("prompt", "class_label", "layout")
 _BESIDE: Mapping[str, tuple[str, ...]] = {
+    "layout-to-image": ("prompt",),
     "map-to-image": _CONDITIONS,
     "super-resolution": _CONDITIONS,
     "image-to-image": (*_CONDITIONS, "strength"),
@@ -323,7 +324,7 @@ class GenerationRequest(Document):
             if getattr(self, name) is None:
                 raise ValueError(f"{name}: required by the task {self.task!r}, but missing")
         given = [name for name in _CONDITIONS if getattr(self, name) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and self.task != "layout-to-image":
             raise ValueError(f"{given[0]} and {given[1]} exclude each other; give one")
         if self.negative_prompt is not None and self.prompt is None:
             raise ValueError(f"negative_prompt: not for the task {self.task!r} without a prompt")

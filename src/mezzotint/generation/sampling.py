@@ -282,7 +282,7 @@ def _denoise(
     null: Conditioning | None = None
     if scale != 1.0 and inputs.captions is not None:
         texts = [request.negative_prompt or "" for request in requests]
-        null = model.conditioner(replace(inputs, captions=texts))
+        null = model.conditioner(replace(inputs, captions=texts, unnamed=True))
     elif scale != 1.0:
         null = model.conditioner(inputs, torch.ones(len(requests), dtype=torch.bool))
     denoiser = Denoiser(shared.network(), model.schedule)

@@ -19,10 +19,12 @@ from mezzotint.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
 from mezzotint.nn.embeddings import TimestepEmbedding, coordinates, timestep_embedding
 from mezzotint.nn.kept_context import KeptContext
+from mezzotint.nn.regions import Regions
 
 __all__ = ["UNet", "UNetConfig"]
 
-_Told = tuple[Tensor, Tensor | KeptContext | None, Tensor | None]  # time, context and its mask
+# time, context and its mask
+_Told = tuple[Tensor, Tensor | KeptContext | None, Tensor | Regions | None]
 _MOST_BLOCKS = 2048  # of all levels, transformers' included; those of SDXL are 200
 
 
@@ -217,6 +219,7 @@ class UNet(nn.Module):
         vector: Tensor | None = None,
         guidance: Tensor | None = None,
         memory: SamplingMemory | None = None,
+        context_boxes: Tensor | None = None,
     ) -> Tensor:
         """Predict.
 
@@ -229,6 +232,8 @@ class UNet(nn.Module):
             vector: ``(B,)`` integer class labels, or ``(B, vector_dim)``.
             guidance: ``(B,)`` guidance scales of a distilled model, 1 meaning none.
             memory: What the calls of one sampling share.
+            context_boxes: ``(B, M, 4)`` left, top, right and bottom of the part that attends to a
+                token, as shares; absent means all does.
 
         Returns:
             ``(B, out_channels, H, W)``.
@@ -238,7 +243,7 @@ class UNet(nn.Module):
         """
         self.check_conditions(context, vector, guidance)
         time = self.embed(timestep, vector, guidance)
-        return self.trunk(x, time, context, context_mask, memory)
+        return self.trunk(x, time, context, context_mask, memory, context_boxes)
 
     def trunk(
         self,
@@ -247,6 +252,7 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         memory: SamplingMemory | None = None,
+        context_boxes: Tensor | None = None,
     ) -> Tensor:
         """Predict from a time that is embedded already: nearly all of the work of `forward`.
 
@@ -256,12 +262,15 @@ class UNet(nn.Module):
             context: As for `forward`.
             context_mask: As for `forward`.
             memory: As for `forward`.
+            context_boxes: As for `forward`.
 
         Returns:
             ``(B, out_channels, H, W)``.
         """
+        mask: Tensor | Regions | None
         mask = None if context_mask is None else context_mask[:, None, None, :]  # (B, 1, 1, M)
-
+        if context_boxes is not None:
+            mask = Regions(context_boxes, context_mask)
         told = time, context if memory is None else memory.context(context), mask
         deep = None if memory is None else memory.deep
 

@@ -1,7 +1,8 @@
 """The levels of a UNet: ResBlocks and attention on the way down, in the middle and on the way up.
 
 All take features ``(B, C, H, W)``, the time embedding ``(B, time_embed_dim)``, and tokens ``(B, M,
-cross_attention_dim)`` with their mask ``(B, 1, 1, M)``, where the network is told any.
+cross_attention_dim)`` with their mask, ``(B, 1, 1, M)`` or of regions, where the network is told
+any.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mezzotint.nn.attention import AttentionBlock, SpatialTransformer
 from mezzotint.nn.kept_context import KeptContext
+from mezzotint.nn.regions import Regions
 from mezzotint.nn.resnet import Downsample, ResnetBlock, Upsample
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class DownBlock(nn.Module):
         h: Tensor,
         time: Tensor,
         context: Tensor | KeptContext | None,
-        mask: Tensor | None,
+        mask: Tensor | Regions | None,
         most: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the last features, and those after each layer: all, or so many at most."""
@@ -78,7 +80,11 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_attention(config, channels)])
 
     def forward(
-        self, h: Tensor, time: Tensor, context: Tensor | KeptContext | None, mask: Tensor | None
+        self,
+        h: Tensor,
+        time: Tensor,
+        context: Tensor | KeptContext | None,
+        mask: Tensor | Regions | None,
     ) -> Tensor:
         """Map features to the same shape."""
         h = self.resnets[0](h, time)
@@ -125,7 +131,7 @@ class UpBlock(nn.Module):
         skips: list[Tensor],
         time: Tensor,
         context: Tensor | KeptContext | None,
-        mask: Tensor | None,
+        mask: Tensor | Regions | None,
         size: torch.Size | None,
         first: int = 0,
     ) -> Tensor:

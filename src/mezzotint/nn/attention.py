@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.nn.kept_context import KeptContext
+from mezzotint.nn.regions import Regions
 from mezzotint.nn.tiled_attention import attend_in_tiles, suits_tiles
 from mezzotint.nn.token_merging import TokenMerging
 
@@ -130,10 +131,13 @@ class AttentionBlock(Attention):
         self.merging: TokenMerging | None = None
 
     def forward(
-        self, x: Tensor, context: Tensor | KeptContext | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | KeptContext | None = None,
+        mask: Tensor | Regions | None = None,
     ) -> Tensor:
         """Map ``(B, C, H, W)`` to the same shape; it takes no context."""
-        assert context is None, "plain attention has no context"
+        assert context is None and not isinstance(mask, Regions), "plain attention has no context"
         tokens = _map_to_tokens(self.group_norm(x))
         if self.merging is None:
             attended = super().forward(tokens, None, mask)
@@ -255,15 +259,18 @@ class SpatialTransformer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, context: Tensor | KeptContext, mask: Tensor | None = None
+        self, x: Tensor, context: Tensor | KeptContext, mask: Tensor | Regions | None = None
     ) -> Tensor:
         """Map ``(B, C, H, W)`` and a context ``(B, M, d)`` to ``(B, C, H, W)``.
 
         Args:
             x: Features.
             context: Tokens to attend to.
-            mask: Bool, broadcast to ``(B, heads, HW, M)``, true where a token counts.
+            mask: Bool, broadcast to ``(B, heads, HW, M)``, true where a token counts; or where each
+                does.
         """
+        if isinstance(mask, Regions):
+            mask = mask.at(*x.shape[2:])
         h = self.norm(x).contiguous(memory_format=torch.channels_last)
         h = self.proj_in(_map_to_tokens(h)) if self.linear else _map_to_tokens(self.proj_in(h))
         merge = None if self.merging is None else partial(self.merging, size=x.shape[2:])

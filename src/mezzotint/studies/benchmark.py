@@ -236,6 +236,8 @@ def example_fields(pipeline: Pipeline) -> dict[str, Any]:
         case "inpainting":
             asked["image"] = Image.new("RGB", (width, height), "gray")
             asked["mask"] = Image.new("L", (width, height), "white")
+        case "regions":
+            asked["layout"] = [LayoutBox(label=PROMPT, box=(0.25, 0.25, 0.75, 0.75))]
         case None:
             pass
     return asked

@@ -8,9 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mezzotint.conditioning.base import Box, ConditionInputs
+from mezzotint.conditioning.base import Box, ConditionInputs, Region
 from mezzotint.conditioning.build import ConditioningConfig, main_config, spatial_config
 from mezzotint.conditioning.layout import LayoutConditionerConfig
+from mezzotint.conditioning.regions import RegionsConditionerConfig
 from mezzotint.conditioning.spatial import (
     LowResConditionerConfig,
     SemanticMapConditionerConfig,
@@ -41,6 +42,7 @@ class Told:
         caption: In words.
         label: Index of a class.
         boxes: A layout.
+        regions: A layout in words.
         map: ``(H, W)`` uint8 classes of pixels.
         low_res: ``(3, h, w)`` uint8 small picture.
         image: ``(3, H, W)`` uint8 picture to be inpainted.
@@ -50,6 +52,7 @@ class Told:
     caption: str | None = None
     label: int | None = None
     boxes: tuple[Box, ...] | None = None
+    regions: tuple[Region, ...] | None = None
     map: Tensor | None = None
     low_res: Tensor | None = None
     image: Tensor | None = None
@@ -98,7 +101,8 @@ class ConditionMaker:
         """
         caption = self.data.describe(index, generator).caption
         # another view than the plain one may have moved or mirrored where things are
-        moved = view and (self.wants == "layout" or self.wants_concat == "map")
+        placed = self.wants == "layout" or self.wants_concat in ("map", "regions")
+        moved = view and placed
         known = self._view(index, view) if self.needs_picture or moved else self._plain(index)
         return self._tell(known, caption, generator)
 
@@ -130,10 +134,18 @@ class ConditionMaker:
             caption=caption or "" if self.wants == "caption" else None,
             label=known.label if self.wants == "label" else None,
             boxes=known.boxes if self.wants == "layout" else None,
+            regions=self._regions(known) if self.wants_concat == "regions" else None,
             map=known.map if self.wants_concat == "map" else None,
             low_res=low_res,
             image=image if mask is not None else None,
             mask=mask,
+        )
+
+    def _regions(self, known: Example | Description) -> tuple[Region, ...]:
+        names = self.data.class_names or ()
+        return tuple(
+            Region(names[box.label].replace("-", " "), box.left, box.top, box.right, box.bottom)
+            for box in known.boxes or ()
         )
 
     @torch.no_grad()
@@ -165,6 +177,8 @@ class ConditionMaker:
             tokens=self.tokens,
             labels=_all([t.label for t in told]),
             layouts=_all([t.boxes for t in told]),
+            regions=_all([t.regions for t in told]),
+            latent_size=self.model.latent_shape(*self.model.image_size)[1:],
             maps=maps,
             low_res=low_res,
             masked_latents=masked,
@@ -209,6 +223,18 @@ def check_data(data: TrainingData, conditioning: ConditioningConfig) -> None:
             "the recipe's conditioning is layout, but the images have no boxes: use data.kind=coco"
             " or scenes"
         )
+    if isinstance(spatial, RegionsConditionerConfig):
+        if known.boxes is None or data.class_names is None:
+            raise DataError(
+                "the recipe's conditioning is boxes with words, but the images have no boxes or no"
+                " names of classes: use data.kind=coco or scenes"
+            )
+        most = getattr(getattr(data, "config", None), "max_objects", 0)
+        if most > spatial.max_objects:
+            raise ConfigError(
+                f"data.max_objects is {most}, but the conditioning has room for"
+                f" {spatial.max_objects} boxes"
+            )
     if isinstance(main, LayoutConditionerConfig):
         room = (main.max_length - 2) // 3
         most = getattr(getattr(data, "config", None), "max_objects", 0)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mezzotint.conditioning.base import Box, Region
 from mezzotint.evaluation.grids import image_grid
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.request import LayoutBox
@@ -83,6 +84,8 @@ def request_fields(told: Told, pictures: InputPictures) -> dict[str, Any]:
             LayoutBox(label=box.label, box=(box.left, box.top, box.right, box.bottom))
             for box in told.boxes
         ]
+    if told.regions is not None:
+        fields["layout"] = [LayoutBox(label=each.words, box=each.box) for each in told.regions]
     if told.map is not None:
         fields["semantic_map"] = pictures.add(Image.fromarray(told.map.numpy()))
     if told.low_res is not None:
@@ -127,23 +130,26 @@ def condition_picture(
         pixels[told.mask[0].numpy() >= 0.5] = _DRAWN_ANEW
         return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
     if told.boxes is not None:
-        return _boxes_picture(told, size, class_names)
+        named = [class_names[b.label] if class_names else str(b.label) for b in told.boxes]
+        return _boxes_picture(told.boxes, named, [b.label for b in told.boxes], size)
+    if told.regions is not None:
+        words = [each.words for each in told.regions]
+        return _boxes_picture(told.regions, words, range(len(words)), size)
     return None
 
 
 def _boxes_picture(
-    told: Told, size: tuple[int, int], class_names: Sequence[str] | None
+    boxes: Sequence[Box | Region], names: Sequence[str], hues: Sequence[int], size: tuple[int, int]
 ) -> Image.Image:
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(8, size[1] // 12))
     colours = map_colours(256)
-    for box in told.boxes or ():
-        colour = tuple(int(part) for part in colours[1 + box.label % 255])
+    for box, name, hue in zip(boxes, names, hues, strict=True):
+        colour = tuple(int(part) for part in colours[1 + hue % 255])
         left, right = (round(x * (size[0] - 1)) for x in (box.left, box.right))
         top, bottom = (round(y * (size[1] - 1)) for y in (box.top, box.bottom))
         draw.rectangle((left, top, right, bottom), outline=colour, width=max(1, size[0] // 64))
-        name = class_names[box.label] if class_names else str(box.label)
         draw.text((left + 2, top + 1), name.replace("-", " "), fill=colour, font=font)
     return picture
 

@@ -11,6 +11,7 @@ from mezzotint.conditioning.build import (
     main_config,
     spatial_config,
 )
+from mezzotint.conditioning.regions import RegionsConditionerConfig
 from mezzotint.conditioning.spatial import InpaintingConditionerConfig, LowResConditionerConfig
 from mezzotint.config import Config, Document
 from mezzotint.data import DataConfig
@@ -420,6 +421,13 @@ class DiffusionRecipe(RecipeBase):
                 f"{where}.latent_channels is {spatial.latent_channels}, but the latents have"
                 f" {latent} channels (unet.out_channels)"
             )
+        if isinstance(spatial, RegionsConditionerConfig):
+            main = main_config(self.conditioning)
+            if main is None or main.kind not in ("text", "bert"):
+                raise ValueError(
+                    f"{where}: kind 'regions' needs what reads the words of boxes: use kind hybrid,"
+                    " with main of kind text or bert"
+                )
         extra = concat_channels(self.conditioning)
         if self.unet.in_channels != latent + extra:
             told = (
