@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mezzotint.checkpoints import changes
 from mezzotint.checkpoints.inspect import inspect_model
@@ -18,9 +19,10 @@ from mezzotint.conditioning.spatial import (
     InpaintingConditioner,
     InpaintingConditionerConfig,
 )
-from mezzotint.errors import CheckpointError
+from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.models.unet import UNet
+from mezzotint.training.first_stage import stored_first_stage
 
 RANK = 2
 
@@ -145,13 +147,18 @@ def test_what_is_wrong_is_named(other: LatentDiffusion, base: Path) -> None:
         assert inspect_model(folder).problems
         return str(caught.value)
 
-    assert "expected the path of a model from here, and its sha256" in told("base")
-    assert "expected the path of a model" in told({"model": "/base", "sha256": "0"})
-    assert "gone, which is not there, and the package has none" in told(
-        {"model": "../gone", "sha256": "0"}
-    )
-    assert "changes of another model than" in told({"model": "../base", "sha256": "0"})
-    assert "changes of another model than" in told({"model": "../emoji", "sha256": "0"})
+    right = index["base"]
+    assert right["shares"] == "conditioner/main"
+    for entry in ("base", right | {"model": "/base"}, right | {"shares": "vae"}, {"model": "x"}):
+        assert "expected the path of a model from here, its sha256" in told(entry)
+    assert "expected the path" in told(right | {"model": "x" * 300})
+    gone = told(right | {"model": "../gone"})
+    assert "gone, which is not there, and the package has none" in gone
+    (base.parent / "empty").mkdir()
+    assert "empty, which is not there" in told(right | {"model": "../empty"})
+    for other_model in ("../base", "../emoji"):
+        assert "of another model than" in told(right | {"model": other_model, "sha256": "0"})
+    assert "is kept as changes of another model itself" in told(right | {"model": "."})
     (folder / "model_index.json").write_text(json.dumps(index))
     new = folder / "unet" / changes.NEW
     kept = new.read_bytes()
@@ -166,8 +173,6 @@ def test_what_is_wrong_is_named(other: LatentDiffusion, base: Path) -> None:
 
 
 def test_a_change_of_what_the_base_has_not_is_refused(other: LatentDiffusion, base: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = keep(other, base)
     factors = load_file(folder / changes.LORA)
     name = "unet.mid_block.resnets.0.conv1"
@@ -186,6 +191,101 @@ def test_a_change_of_what_the_base_has_not_is_refused(other: LatentDiffusion, ba
 
 def test_only_what_is_the_same_is_shared(other: LatentDiffusion, base: Path) -> None:
     with torch.no_grad():
+        next(other.conditioner.parameters()).add_(1.0)
+    folder = keep(other, base)
+    assert (folder / "conditioner" / "main" / "model.safetensors").is_file()
+    read = read_model(folder).model.conditioner.state_dict()
+    for name, weight in other.conditioner.state_dict().items():
+        assert torch.equal(read[name], weight.half().float()), name
+    with torch.no_grad():
         next(other.first_stage.parameters()).add_(1.0)
     with pytest.raises(CheckpointError, match="has another first stage"):
         keep(other, base)
+
+
+def test_what_conditions_otherwise_is_kept(other: LatentDiffusion, base: Path) -> None:
+    """A conditioner that has no part in common with the base's is the model's own."""
+    config = other.unet.config.model_copy(update={"cross_attention_dim": None})
+    alone = with_unet(other, UNet(config), InpaintingConditioner(InpaintingConditionerConfig()))
+    read = read_model(keep(alone, base)).model
+    assert type(read.conditioner) is InpaintingConditioner
+    assert read.unet.state_dict().keys() == alone.unet.state_dict().keys()
+
+
+def test_what_lay_there_before_is_not_read(other: LatentDiffusion, base: Path) -> None:
+    older = with_unet(other, other.unet, other.conditioner)
+    save_model(older, base.with_name("changes"))
+    stale = base.with_name("changes") / "conditioner" / "main" / "model.safetensors"
+    stale.write_bytes(b"nothing that can be read")
+    read = read_model(keep(other, base)).model.conditioner.state_dict()
+    for name, weight in other.conditioner.state_dict().items():
+        assert torch.equal(read[name], weight), name
+
+
+def test_a_conditioner_that_is_gone_is_missed(other: LatentDiffusion, base: Path) -> None:
+    folder = keep(other, base)
+    shutil.rmtree(folder / "conditioner")
+    with pytest.raises(CheckpointError, match="conditioner"):
+        load_any(folder)
+    assert inspect_model(folder).problems
+    index = json.loads((folder / "model_index.json").read_text())
+    index["base"]["shares"] = "conditioner"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is a TextConditioner, but model_index.json names"):
+        load_any(folder)
+    assert "is a TextConditioner, but" in inspect_model(folder).problems[0]
+
+
+def test_it_is_found_through_a_link_and_beside_others_of_the_name(
+    other: LatentDiffusion, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = keep(other, base)
+    (base.parent / "deep" / "er").mkdir(parents=True)
+    (base.parent / "deep" / "er" / "link").symlink_to(folder)
+    load_any(base.parent / "deep" / "er" / "link")
+    shipped = base.with_name("shipped")
+    base.rename(shipped)
+    save_model(other, base)
+    monkeypatch.setattr(changes, "find_shipped", lambda name: shipped if name == "base" else None)
+    load_any(folder)
+
+
+def test_pickled_weights_of_a_base_count(other: LatentDiffusion, base: Path) -> None:
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    torch.save(state, weights.with_suffix(".bin"))
+    weights.unlink()
+    folder = keep(other, base)
+    load_any(folder)
+    torch.save({k: v * 0 for k, v in state.items()}, weights.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="of another model than"):
+        load_any(folder)
+
+
+def test_what_cannot_be_kept_is_refused_or_kept_whole(
+    other: LatentDiffusion, base: Path, tmp_path: Path
+) -> None:
+    folder = keep(other, base)
+    with pytest.raises(CheckpointError, match="is kept as changes of another model itself"):
+        save_as_changes(other, folder, tmp_path / "further", rank=RANK)
+    with pytest.raises(ConfigError, match="rank: expected at least 1, got 0"):
+        save_as_changes(other, base, tmp_path / "none", rank=0)
+    save_as_changes(other, base, tmp_path / "all", rank=1000, dtype=torch.float16)
+    assert not changes.open_tensors(tmp_path / "all" / changes.LORA)
+    fewer = UNet(other.unet.config.model_copy(update={"attention_levels": (False, False)}))
+    read = read_model(keep(with_unet(other, fewer, other.conditioner), base)).model
+    assert read.unet.state_dict().keys() == fewer.state_dict().keys()
+    with torch.no_grad():
+        other.unet.get_parameter("mid_block.resnets.0.conv1.weight")[0] = 1e6
+    with pytest.raises(CheckpointError, match="float16"):
+        save_as_changes(other, base, tmp_path / "half", rank=RANK, dtype=torch.float16)
+    assert not list((tmp_path / "half").rglob("*.safetensors"))
+
+
+def test_its_first_stage_is_the_bases(tiny, other: LatentDiffusion, base: Path) -> None:
+    """A recipe may name it where it wants a first stage."""
+    recipe = tiny.diffusion(first_stage={"kind": "trained", "path": str(keep(other, base))})
+    found = stored_first_stage(recipe, base)
+    assert found is not None
+    for name, weight in found[0].state_dict().items():
+        assert torch.equal(weight, other.first_stage.state_dict()[name]), name

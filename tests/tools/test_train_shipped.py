@@ -224,6 +224,16 @@ def test_other_tasks_are_shipped_as_what_they_change(
         take_shipped(begun, models)
     with pytest.raises(TrainingError, match="no model is shipped here"):
         take_shipped(begun, tmp_path)
+    # a text model that was trained anew would leave the other without its base
+    half = programme.work / "text-to-image" / "half" / "unet" / "config.json"
+    kept_config = half.read_text()
+    half.write_text(kept_config + " ")
+    (programme.work / "inpaint").rename(tmp_path / "inpaint")
+    with pytest.raises(TrainingError, match="tiny-inpaint: holds changes of the model that would"):
+        ship(programme, models)
+    half.write_text(kept_config)
+    (tmp_path / "inpaint").rename(programme.work / "inpaint")
+    assert len(ship(programme, models)) == 2
     # elsewhere the base is found by its name
     shutil.copytree(folder, tmp_path / "alone" / "tiny-inpaint")
     assert mezzotint.load(tmp_path / "alone" / "tiny-inpaint").task == "inpainting"

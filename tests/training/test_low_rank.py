@@ -37,7 +37,9 @@ def run(tiny, text_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_change_begins_as_none_and_has_the_rank() -> None:
     weight = torch.randn(6, 4, 3, 3)
-    change = LowRank(weight, 2)
+    change = LowRank(weight, 2, torch.Generator().manual_seed(0))
+    again = LowRank(weight.double(), 2, torch.Generator().manual_seed(0))
+    assert torch.equal(again.down, change.down.double())
     torch.testing.assert_close(change(weight), weight)
     torch.nn.init.normal_(change.up)
     assert torch.linalg.matrix_rank((change(weight) - weight).flatten(1)) == 2
@@ -89,6 +91,8 @@ def test_what_does_not_go_together_is_said(tiny, text_run: Path) -> None:
         changed(tiny, None)
     with pytest.raises(ConfigError, match=r"run\.sharding is for whole models"):
         changed(tiny, text_run, run__sharding=True)
+    with pytest.raises(ConfigError, match="conditioner_learning_rate: with lora_rank"):
+        changed(tiny, text_run, conditioner_learning_rate=1e-3)
     with pytest.raises(ConfigError, match="power functions are for whole models"):
         changed(tiny, text_run, ema_decay=None, ema={"kind": "power"})
 
@@ -114,3 +118,28 @@ def test_what_enlarges_is_told_in_words_what_it_sees(tiny, text_run: Path, tmp_p
     assert apple.size == (2 * side, 2 * side) and apple.tobytes() != bus.tobytes()
     with pytest.raises(RequestError, match="the model wants"):
         pipeline.generate(image=small)
+
+
+def test_what_reads_maps_is_trained_too(tiny, text_run: Path, tmp_path: Path) -> None:
+    """It is new, as the first layer is; the rest of the conditioner stays."""
+    spatial = {"kind": "semantic_map", "classes": 33, "out_channels": 3, "stages": 2}
+    told = {"kind": "hybrid", "main": TEXT, "spatial": spatial}
+    data = {"kind": "scenes", "count": 4, "resolution": 64}
+    before, after = (
+        load_any(
+            tiny.train(
+                changed(
+                    tiny,
+                    text_run,
+                    data=data,
+                    conditioning=told,
+                    unet__in_channels=7,
+                    budget={"max_steps": steps},
+                ),
+                tmp_path / str(steps),
+            )
+        ).model.conditioner.state_dict()
+        for steps in (1, 3)
+    )
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved == {"spatial.channel_mapper.weight"}

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mezzotint.checkpoints.changes import BASE, Base
+from mezzotint.checkpoints.folder import read_json
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import load_model
 from mezzotint.checkpoints.registry import INDEX
@@ -77,6 +79,7 @@ def ship(programme: Programme, models: Path = MODELS) -> list[Path]:
     if DRAWN in lacking or (lacking and not base.is_dir()):
         raise TrainingError(f"{programme.work / lacking[0]}: not finished; train on, then ship")
     if not lacking:
+        _keep_what_changes(programme, further, models)
         shipped.append(_ship(programme, first, programme.model, models))
     for stage in further:
         if is_finished(programme.work / stage):
@@ -111,6 +114,23 @@ def take_shipped(programme: Programme, models: Path = MODELS) -> None:
         must_follow(programme, stage, half)
     shutil.copyfile(folder / INDEX, programme.work / DRAWN / HALF / INDEX)
     record(programme.work, [Piece(**piece) for piece in made["pieces"]])
+
+
+def _keep_what_changes(programme: Programme, further: Sequence[str], models: Path) -> None:
+    """Refuse to replace a model whose changes would then be of another."""
+    anew = {
+        f"{programme.model}-{stage}" for stage in further if is_finished(programme.work / stage)
+    }
+    sums = Base(programme.work / DRAWN / HALF).sha256()
+    for index in sorted(models.glob(f"*/{INDEX}")):
+        entry = read_json(index).get(BASE)
+        if entry is None or index.parent.name in anew or entry["sha256"] == sums:
+            continue
+        if (index.parent / entry["model"]).resolve() == (models / programme.model).resolve():
+            raise TrainingError(
+                f"{index.parent}: holds changes of the model that would be replaced; remove it, or"
+                " train its stage anew and ship both"
+            )
 
 
 def _ship(

@@ -1,13 +1,13 @@
 """Models that are kept as what they change of another: low-rank factors, and what is new.
 
-Several tasks of one family so take little more space than one. A folder of changes has a
-``model_index.json`` that names its base, by a path from there, or else one of the package by the
-last part of that path:
+Several tasks of one family so take little more space than one. In the ``model_index.json`` of such
+a folder ``base`` names the other model, by a path from there, or else one of the package by the
+last part of that path; its sum; and whose conditioner is shared. There are
 
 - ``pytorch_lora_weights.safetensors``: B and A of each layer of the UNet that changes, in the form
   of diffusers' LoRA files (Hu et al. 2021, arXiv 2106.09685);
-- ``unet/new_layers.safetensors``: layers that are not the base's, whole;
-- ``conditioner/``: without ``main/`` where that is the base's conditioner;
+- ``unet/new_layers.safetensors``: layers that are not the base's, or changed by more, whole;
+- ``conditioner/``: without what is shared;
 - no ``vae/``: it is the base's.
 
 What is read is an ordinary model.
@@ -17,25 +17,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mezzotint.checkpoints.folder import (
+    CONFIG,
     STEM,
     build_component,
     fill_unsaved_buffers,
     load_state_strictly,
     modern_name,
+    read_json,
     save_weights,
 )
 from mezzotint.checkpoints.loaded import content_hash
 from mezzotint.checkpoints.lora import LoraLayer, read_lora
 from mezzotint.checkpoints.shipped import find_shipped
-from mezzotint.errors import CheckpointError, short
+from mezzotint.errors import CheckpointError, ConfigError, short
 from mezzotint.models.unet import UNet
-from mezzotint.storage.tensors import TensorInfo, find_weights, open_tensors
+from mezzotint.storage.safetensors_file import narrowed
+from mezzotint.storage.tensors import PICKLES, TensorInfo, find_weights, open_tensors
 
 __all__ = [
     "BASE",
@@ -48,10 +51,14 @@ __all__ = [
     "save_changes",
 ]
 
+Shared = Literal["conditioner", "conditioner/main"]
+
 BASE = "base"  # the key of the index
 LORA = "pytorch_lora_weights.safetensors"
 NEW = "new_layers.safetensors"
+INDEX = "model_index.json"
 _PART = "unet"
+_LONGEST = 255  # letters of a path
 _TOLERANCE = 1e-3  # of a difference's norm: what may lie outside its rank
 
 
@@ -61,9 +68,11 @@ class Base:
 
     Attributes:
         folder: Where it lies.
+        shares: Which part of the other's conditioner is its main one, if any is.
     """
 
     folder: Path
+    shares: Shared | None = None
 
     @property
     def vae(self) -> Path:
@@ -79,20 +88,32 @@ class Base:
     def conditioner(self) -> Path:
         """Its conditioner, the main one where it has two."""
         whole = self.folder / "conditioner"
-        return whole / "main" if (whole / "main").is_dir() else whole
+        return whole / "main" if (whole / "main" / CONFIG).is_file() else whole
 
     def sha256(self) -> str:
-        """What identifies it: over all files of weights and configurations."""
-        files = [
-            path
-            for part in (self.vae, self.unet, self.conditioner)
-            for path in sorted(part.rglob("*"))
-            if path.suffix in (".safetensors", ".json")
-        ]
-        return content_hash(files)
+        """Identify it, by all files of its parts that could be read; without any, by nothing.
+
+        Raises:
+            CheckpointError: If one cannot be read, or it is a change of a model itself.
+        """
+        if BASE in read_json(self.folder / INDEX):
+            raise CheckpointError(
+                f"{self.folder}: is kept as changes of another model itself; begin from that one"
+            )
+        suffixes = (".safetensors", ".json", *PICKLES)
+        try:
+            files = [
+                path
+                for part in (self.vae, self.unet, self.conditioner)
+                for path in sorted(part.rglob("*"))
+                if path.suffix in suffixes and path.is_file()
+            ]
+            return content_hash(files) if files else ""
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be read: {error}") from None
 
 
-def base_entry(base: Base, folder: Path) -> dict[str, str]:
+def base_entry(base: Base, folder: Path) -> dict[str, Any]:
     """Return what the index of a model says of its base.
 
     Args:
@@ -100,7 +121,7 @@ def base_entry(base: Base, folder: Path) -> dict[str, str]:
         folder: Of the model.
     """
     path = Path(os.path.relpath(base.folder.resolve(), folder.resolve()))
-    return {"model": path.as_posix(), "sha256": base.sha256()}
+    return {"model": path.as_posix(), "sha256": base.sha256(), "shares": base.shares}
 
 
 def find_base(index: Mapping[str, Any], folder: Path) -> Base | None:
@@ -116,24 +137,31 @@ def find_base(index: Mapping[str, Any], folder: Path) -> Base | None:
     if BASE not in index:
         return None
     match index[BASE]:
-        case {"model": str(name), "sha256": str(digest)} if name and not Path(name).is_absolute():
+        case {
+            "model": str(name),
+            "sha256": str(digest),
+            "shares": "conditioner" | "conditioner/main" | None as shares,
+        } if name and digest and not Path(name).is_absolute() and len(name) <= _LONGEST:
             pass
         case other:
             raise CheckpointError(
-                f"{folder}: {BASE} is {short(other)}; expected the path of a model from here, and"
-                " its sha256"
+                f"{folder}: {BASE} is {short(other)}; expected the path of a model from here, its"
+                " sha256, and what is shared"
             )
-    near = Path(os.path.normpath(folder / name))
-    place = near if near.is_dir() else find_shipped(Path(name).name)
-    if place is None:
-        raise CheckpointError(
-            f"{folder}: holds changes of the model {near}, which is not there, and the package has"
-            " none of that name"
-        )
-    base = Base(place)
-    if base.sha256() != digest:
-        raise CheckpointError(f"{folder}: holds changes of another model than {place} is now")
-    return base
+    near = Path(os.path.normpath(folder.resolve() / name))
+    places = [near] if (near / INDEX).is_file() else []
+    if (shipped := find_shipped(Path(name).name)) is not None:
+        places.append(shipped)
+    for place in places:
+        base = Base(place, shares)
+        if base.sha256() == digest:
+            return base
+    if places:
+        raise CheckpointError(f"{folder}: holds changes of another model than {places[0]} is now")
+    raise CheckpointError(
+        f"{folder}: holds changes of the model {near}, which is not there, and the package has none"
+        " of that name"
+    )
 
 
 def change_files(folder: Path) -> tuple[Path, ...]:
@@ -165,13 +193,15 @@ def load_changes(
         wide = torch.promote_types(weight.dtype, torch.float32)
         tensors[name] = (weight.to(wide) + _product(layer, wide).view_as(weight)).to(weight.dtype)
     module = build_component(folder / _PART)
-    load_state_strictly(module, tensors, folder / _PART)
+    wanted = module.state_dict()
+    kept = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    load_state_strictly(module, kept, folder / _PART)
     fill_unsaved_buffers(module)
     return module.eval()
 
 
 def changed_infos(folder: Path, base: Base) -> dict[str, TensorInfo]:
-    """Return what the tensors of a changed UNet are, of which only the changes are read.
+    """Return what the tensors of a changed UNet can be, of which only the changes are read.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or does not fit the base.
@@ -219,8 +249,11 @@ def save_changes(
         dtype: Of the floating-point weights on the disk; None keeps each as it is.
 
     Raises:
-        CheckpointError: If it cannot be written.
+        CheckpointError: If it cannot be written, or a type cannot hold a weight; then nothing is.
+        ConfigError: If the rank is below 1.
     """
+    if rank < 1:
+        raise ConfigError(f"rank: expected at least 1, got {rank}")
     before, layers = old.state_dict(), dict[str, dict[str, Tensor]]()
     for name, tensor in unet.state_dict().items():
         layer, _, leaf = name.rpartition(".")
@@ -240,6 +273,9 @@ def save_changes(
             factors[f"{_PART}.{layer}.lora_B.weight"] = found[1]
         elif moved:
             new |= {f"{layer}.{leaf}": tensor for leaf, tensor in leaves.items()}
+    for name, tensor in {**new, **factors}.items():
+        if dtype is not None and tensor.is_floating_point():
+            narrowed(name, tensor, dtype)
     save_weights(new, folder / _PART / NEW, dtype)
     save_weights(factors, folder / LORA, dtype)
 
@@ -249,8 +285,10 @@ def _same(tensor: Tensor, before: Tensor | None) -> bool:
 
 
 def _factors(after: Tensor, before: Tensor | None, rank: int) -> tuple[Tensor, Tensor] | None:
-    """A and B of a difference, both of about the same size; None if its rank is higher."""
+    """A and B of a difference, both of about the same size; None if the whole is better kept."""
     if before is None or before.shape != after.shape or after.ndim < 2:
+        return None
+    if rank * (len(after) + after[0].numel()) >= after.numel() or not after.isfinite().all():
         return None
     difference = after.double() - before.double()
     left, values, right = torch.linalg.svd(difference.flatten(1), full_matrices=False)

@@ -183,7 +183,7 @@ def clip_weights(config: ClipConditionerConfig, path: Path) -> dict[str, TensorI
 def _parts(folder: Path, main: Path | None) -> tuple[Path, ...]:
     """Where the parts of a conditioner of two lie."""
     own = [folder / part for part in PARTS]
-    return (main, *own[1:]) if main is not None and not own[0].is_dir() else (*own,)
+    return (main or own[0], *own[1:])
 
 
 def _read(folder: Path) -> tuple[type[Conditioner], Config | None, Tokenizer | None]:

@@ -1,4 +1,4 @@
-"""What a file or a folder of weights is, from its headers alone; no weight is read."""
+"""What a file or a folder of weights is, from its headers; weights are read for sums alone."""
 
 import math
 from collections import Counter

@@ -12,14 +12,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mezzotint.checkpoints.changes import Base, changed_infos, find_base
+from mezzotint.checkpoints.changes import BASE, Base, changed_infos, find_base
 from mezzotint.checkpoints.conditioners import clip_weights, expected_weights, read_token_width
 from mezzotint.checkpoints.first_stages import as_first_stage, read_normalization
-from mezzotint.checkpoints.folder import CONFIG, STEM, build_component, compare, modern_name
+from mezzotint.checkpoints.folder import (
+    CONFIG,
+    STEM,
+    build_component,
+    compare,
+    modern_name,
+    read_component_config,
+    read_json,
+)
 from mezzotint.checkpoints.layouts import LAYOUTS
 from mezzotint.checkpoints.model import (
     CLASS,
     as_unet,
+    check_kind,
     check_width,
     conditioner_of,
     read_defaults,
@@ -147,20 +156,27 @@ def check_folder(folder: Path, index: Mapping[str, Any]) -> FolderReport:
 
 def _check_ours(report: FolderReport) -> None:
     folder, size, base = report.folder, None, None
+    index: Mapping[str, Any] = {}
     with report.noting():
+        index = read_json(folder / INDEX)
         index, size = read_index(folder)
         read_defaults(index, folder / INDEX)
+    with report.noting():
         base = find_base(index, folder)
+    if BASE in index and base is None:
+        return  # whose parts it has is not known
     report.base = base
-    conditioner, main = conditioner_of(folder, base)
     if base is not None:
-        told = f"what is not here is of the model {base.folder}, of which this is a change"
-        report.notes.append(told)
+        report.notes.append(
+            f"what is not here is of the model {base.folder}, of which this is a change"
+        )
+    conditioner, main = conditioner_of(folder, base)
     first_stage = _first_stage(report, vae_of(folder, base))
     unet = _unet(report) if base is None else _changed_unet(report, base)
     with report.noting():
         report.schedule = read_scheduler(folder / "scheduler" / FILE).schedule
     with report.noting():
+        check_kind(folder, index, str(read_component_config(conditioner).get("_class_name")))
         for told in expected_weights(conditioner, main=main):
             with report.noting():
                 report.compare(told.kind, told.path, told.tensors, open_tensors(told.path))
@@ -245,8 +261,9 @@ def _changed_unet(report: FolderReport, base: Base) -> UNet | None:
     with report.noting():
         unet = as_unet(build_component(path), path)
         with report.noting():
-            infos = changed_infos(report.folder, base)
-            report.compare(type(unet).__name__, path / CONFIG, unet.state_dict(), infos)
+            wanted, infos = unet.state_dict(), changed_infos(report.folder, base)
+            found = {name: info for name, info in infos.items() if name in wanted}
+            report.compare(type(unet).__name__, path / CONFIG, wanted, found)
         return unet
     return None
 

@@ -11,6 +11,7 @@ from torch import nn
 from mezzotint.checkpoints.changes import (
     BASE,
     Base,
+    Shared,
     base_entry,
     find_base,
     load_changes,
@@ -34,6 +35,7 @@ from mezzotint.checkpoints.layouts import config_to_layout
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults
 from mezzotint.checkpoints.registry import INDEX
 from mezzotint.checkpoints.schedulers import FILE, read_scheduler, write_scheduler
+from mezzotint.conditioning.base import Conditioner
 from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner
 from mezzotint.errors import CheckpointError, ConfigError, short
 from mezzotint.latent_diffusion import (
@@ -46,6 +48,7 @@ from mezzotint.storage.safetensors_file import narrowed
 __all__ = [
     "CLASS",
     "as_unet",
+    "check_kind",
     "check_width",
     "conditioner_of",
     "load_model",
@@ -100,8 +103,8 @@ def save_as_changes(
     """Write a model as what it changes of another; see `mezzotint.checkpoints.changes`.
 
     Args:
-        model: Has the first stage of the other, and as the main part of its conditioner that of
-            the other.
+        model: Has the first stage of the other. Its conditioner, or the main part of it, is shared
+            if it is the other's.
         base: The folder of the other, which is found from this one by a relative path.
         folder: Made if need be.
         rank: Of the changes of the UNet's layers; a layer that changed by more is kept whole.
@@ -109,25 +112,46 @@ def save_as_changes(
         defaults: How it is sampled where a request does not say.
 
     Raises:
-        CheckpointError: If the first stage or the conditioner is another than the base's, or the
-            base cannot be read.
+        CheckpointError: If the first stage is another than the base's, or the base cannot be read,
+            or is kept as changes itself.
+        ConfigError: If the rank is below 1.
     """
-    other, named = load_model(base), Base(base)
+    other = load_model(base)
     pairs = {
         "first stage": (model.first_stage, other.first_stage),
         "normalisation": (model.normalization, other.normalization),
-        "conditioner": (main_conditioner(model.conditioner), main_conditioner(other.conditioner)),
     }
     for what, (mine, theirs) in pairs.items():
-        if fingerprint(mine.state_dict().items()) != fingerprint(theirs.state_dict().items()):
+        if not _equal(mine, theirs):
             raise CheckpointError(f"{base}: has another {what}, so that nothing can be shared")
+    shares = _shared(model.conditioner, main_conditioner(other.conditioner))
+    entry = base_entry(Base(base, shares), folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_changes(model.unet, other.unet, folder, rank, dtype)
     config = config_to_layout(model.unet.config) | _size_of(model)
     write_json(folder / "unet" / CONFIG, config)
-    if isinstance(model.conditioner, HybridConditioner):
-        save_conditioner(model.conditioner, folder / "conditioner", dtype, with_main=False)
-    _write_index(model, folder, defaults, {BASE: base_entry(named, folder)})
+    if shares != "conditioner":
+        whole = shares is None
+        save_conditioner(model.conditioner, folder / "conditioner", dtype, with_main=whole)
+    _write_index(model, folder, defaults, {BASE: entry})
+
+
+def _equal(mine: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two modules of one kind have the same weights."""
+    sums = [fingerprint(module.state_dict().items()) for module in (mine, theirs)]
+    return type(mine) is type(theirs) and sums[0] == sums[1]
+
+
+def _shared(conditioner: Conditioner, main: Conditioner) -> Shared | None:
+    """Which part of a conditioner is the main one of another model."""
+
+    def same(part: Conditioner) -> bool:
+        return _equal(part, main) and part.settings() == main.settings()
+
+    if same(conditioner):
+        return "conditioner"
+    hybrid = isinstance(conditioner, HybridConditioner)
+    return "conditioner/main" if hybrid and same(conditioner.main) else None
 
 
 def _size_of(model: LatentDiffusion) -> dict[str, list[int]]:
@@ -195,6 +219,8 @@ def read_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> Loade
     schedule = read_scheduler(folder / "scheduler" / FILE).schedule
     conditioner = load_conditioner(told, dtype, main=main)
     check_width(folder, unet.config, read_token_width(told, main=main))
+    check_kind(folder, index, type(conditioner).__name__)
+    _check_channels(folder, unet.config, conditioner)
     try:
         model = LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, size)
     except ConfigError as error:
@@ -259,9 +285,41 @@ def vae_of(folder: Path, base: Base | None) -> Path:
 def conditioner_of(folder: Path, base: Base | None) -> tuple[Path, Path | None]:
     """Return where the conditioner of a model lies, and its main part if that lies elsewhere."""
     own = folder / "conditioner"
-    if base is None:
-        return own, None
-    return (own if own.is_dir() else base.conditioner), base.conditioner
+    match base:
+        case Base(shares="conditioner"):
+            return base.conditioner, None
+        case Base(shares="conditioner/main"):
+            return own, base.conditioner
+        case _:
+            return own, None
+
+
+def check_kind(folder: Path, index: Mapping[str, Any], kind: str) -> None:
+    """Refuse a conditioner that is none of what the index names.
+
+    Args:
+        folder: Of the model.
+        index: Its index.
+        kind: The conditioner's class.
+
+    Raises:
+        CheckpointError: If it is another; of an old index, which names none, any is right.
+    """
+    match index.get("conditioner"):
+        case [_, str(name)] if name != kind:
+            where = folder / "conditioner"
+            raise CheckpointError(f"{where}: is a {kind}, but {INDEX} names a {short(name)}")
+        case _:
+            pass
+
+
+def _check_channels(folder: Path, unet: UNetConfig, conditioner: Conditioner) -> None:
+    told = unet.out_channels + conditioner.concat_channels
+    if unet.in_channels != told:
+        raise CheckpointError(
+            f"{folder / 'unet' / CONFIG}: in_channels is {unet.in_channels}, but latents with what"
+            f" is concatenated to them have {told} channels"
+        )
 
 
 def load_unet(

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+from mezzotint.checkpoints.changes import BASE, find_base
 from mezzotint.checkpoints.first_stages import load_first_stage
+from mezzotint.checkpoints.folder import read_json
+from mezzotint.checkpoints.model import vae_of
+from mezzotint.checkpoints.registry import INDEX
 from mezzotint.errors import ConfigError
 from mezzotint.latent_diffusion import FirstStage, LatentNormalization
 from mezzotint.models.autoencoder import IdentityFirstStage
@@ -29,6 +33,9 @@ def stored_first_stage(
         return IdentityFirstStage(config), LatentNormalization.from_scale_factor(1.0)
     if config.path is not None:
         path = Path(config.path).expanduser()
+        for folder in (path, path / "model"):
+            if (folder / INDEX).is_file() and BASE in (index := read_json(folder / INDEX)):
+                return load_first_stage(vae_of(folder, find_base(index, folder)))
         for candidate in (path, path / "vae", path / "model" / "vae"):
             if (candidate / "config.json").is_file():
                 return load_first_stage(candidate)

@@ -15,9 +15,10 @@ from torch.nn.utils import parametrize
 
 from mezzotint.checkpoints.lora_fit import Changeable
 from mezzotint.checkpoints.model import save_model
+from mezzotint.conditioning.spatial import spatial_conditioner
 from mezzotint.latent_diffusion import LatentDiffusion
 from mezzotint.models.unet import UNet
-from mezzotint.rng import mix
+from mezzotint.rng import keyed_generator
 from mezzotint.training.recipe import DiffusionRecipe
 from mezzotint.training.trained import Trained
 
@@ -30,17 +31,19 @@ class LowRank(nn.Module):
     Args:
         weight: ``(out, in)`` or ``(out, in, h, w)``.
         rank: r, the rows of A and the columns of B.
+        generator: Of the processor; decides A, whatever the weight's device and type.
 
     Attributes:
         down: A, ``(r, in h w)``.
         up: B, ``(out, r)``.
     """
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         inputs = weight[0].numel()
         bound = 1 / math.sqrt(inputs)
-        self.down = nn.Parameter(weight.new_empty(rank, inputs).uniform_(-bound, bound))
+        down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+        self.down = nn.Parameter(down.to(weight))
         self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -49,9 +52,10 @@ class LowRank(nn.Module):
 
 
 def train_changes(model: LatentDiffusion, recipe: DiffusionRecipe) -> Trained:
-    """Freeze a model but for changes of its UNet's layers, and for its first layer.
+    """Freeze a model but for changes of its UNet's layers, and for what is new.
 
-    The first layer is trained wholly, as it is told what the model that was begun from was not.
+    New is what the model that was begun from was not told: the UNet's first layer is trained
+    wholly, and so is what reads pictures that are concatenated.
 
     Args:
         model: On its device, with the weights that it begins from.
@@ -60,14 +64,18 @@ def train_changes(model: LatentDiffusion, recipe: DiffusionRecipe) -> Trained:
     assert recipe.lora_rank is not None
     model.requires_grad_(False)
     first, unet = model.unet.conv_in, model.unet
-    first.requires_grad_(True)
-    torch.manual_seed(mix(recipe.seed, 0x10A))
-    changes = {name: LowRank(m.weight.detach(), recipe.lora_rank) for name, m in _layers(unet)}
+    changes: dict[str, LowRank] = {}
+    for number, (name, layer) in enumerate(_layers(unet)):
+        generator = keyed_generator(recipe.seed, 0x10A, number)
+        changes[name] = LowRank(layer.weight.detach(), recipe.lora_rank, generator)
     for name, change in changes.items():
         parametrize.register_parametrization(unet.get_submodule(name), "weight", change)
     # a module's parts have no dots in their names
     factors = nn.ModuleDict({name.replace(".", "/"): change for name, change in changes.items()})
     module = nn.ModuleDict({"changes": factors, "conv_in": first})
+    if model.conditioner.wants_concat is not None:
+        module["spatial"] = spatial_conditioner(model.conditioner)
+    module.requires_grad_(True)
     groups = ((tuple(module.parameters()), recipe.optimizer.learning_rate),)
     return Trained(module, groups, _save)
 

@@ -300,9 +300,10 @@ class DiffusionRecipe(RecipeBase):
             ``bert``, ``class`` or ``layout``; ``semantic_map``, ``low_res`` or ``inpainting``; one
             of each as ``hybrid``; or ``none``.
         initial: A run or model whose weights it begins from; see `begin_from`.
-        lora_rank: Of changes of these weights, which alone are then trained, but for the UNet's
-            first layer, which is trained wholly: the model of another task that is little more to
-            keep than the one that it began from. By default all weights are trained.
+        lora_rank: Of changes of these weights, which alone are then trained beside what is new,
+            the UNet's first layer and what reads pictures that are concatenated: a model of another
+            task that takes little to keep beside the one that it began from. By default all weights
+            are trained.
         degradation: How the small pictures of ``low_res`` are made.
         masks: What ``inpainting`` is to draw anew.
         condition_dropout: Probability with which the condition is replaced by its null, for
@@ -383,6 +384,8 @@ class DiffusionRecipe(RecipeBase):
             return
         if self.initial is None:
             raise ValueError("lora_rank: is of changes of another model's weights; give initial")
+        if self.conditioner_learning_rate is not None:
+            raise ValueError("conditioner_learning_rate: with lora_rank the conditioner stays")
         if self.run.sharding:
             raise ValueError("run.sharding is for whole models; of lora_rank little is trained")
         if self.ema is not None and self.ema.kind == "power":
