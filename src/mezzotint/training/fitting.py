@@ -138,6 +138,7 @@ def _check_data(
         ("label", known.label, "a class"),
         ("layout", known.boxes, "a layout"),
         ("map", known.map, "a semantic map"),
+        ("regions", known.boxes if data.class_names else None, "boxes with words"),
     ):
         if wanted in (conditioner.wants, conditioner.wants_concat) and there is None:
             raise DataError(f"the base model is told {words} of each image; the data have none")
