@@ -1,11 +1,12 @@
 """Every conditioning of a recipe becomes the conditioner it says."""
 
+import itertools
 from typing import Any, get_args
 
 import pytest
 import torch
 
-from mezzotint.conditioning.base import Box, Conditioner, ConditionInputs, Unconditional
+from mezzotint.conditioning.base import Box, Conditioner, ConditionInputs, Region, Unconditional
 from mezzotint.conditioning.bert import BertTextConditioner
 from mezzotint.conditioning.build import (
     ConditioningConfig,
@@ -17,6 +18,7 @@ from mezzotint.conditioning.build import (
 )
 from mezzotint.conditioning.classes import ClassConditioner
 from mezzotint.conditioning.layout import LayoutConditioner
+from mezzotint.conditioning.regions import RegionsConditioner
 from mezzotint.conditioning.spatial import (
     HybridConditioner,
     InpaintingConditioner,
@@ -36,6 +38,7 @@ KINDS: dict[str, tuple[type[Conditioner], dict[str, Any]]] = {
     "semantic_map": (SemanticMapConditioner, {"classes": 5, "stages": 1}),
     "low_res": (LowResConditioner, {"fold": 2}),
     "inpainting": (InpaintingConditioner, {"latent_channels": 3}),
+    "regions": (RegionsConditioner, {"max_objects": 2}),
     "none": (Unconditional, {}),
 }
 INPUTS = ConditionInputs(
@@ -43,6 +46,8 @@ INPUTS = ConditionInputs(
     captions=CAPTIONS,
     labels=[0, 1],
     layouts=[[Box(1, 0.0, 0.0, 0.5, 0.5)], []],
+    regions=[[Region("a blue car", 0.0, 0.0, 0.5, 0.5)], []],
+    latent_size=(4, 4),
     maps=torch.ones(2, 8, 8, dtype=torch.long),
     low_res=torch.zeros(2, 3, 8, 8),
     masked_latents=torch.zeros(2, 3, 4, 4),
@@ -90,8 +95,16 @@ def test_a_kind_gives_what_its_configuration_promises(kind):
     assert channels == concat_channels(config) == conditioner.concat_channels
 
 
-@pytest.mark.parametrize("spatial", ["semantic_map", "low_res", "inpainting"])
-@pytest.mark.parametrize("main", ["text", "bert", "class", "layout"])
+@pytest.mark.parametrize(
+    ("main", "spatial"),
+    [
+        *itertools.product(
+            ("text", "bert", "class", "layout"), ("semantic_map", "low_res", "inpainting")
+        ),
+        ("text", "regions"),
+        ("bert", "regions"),
+    ],
+)
 def test_any_two_ways_in_go_together(main, spatial):
     parts = {k: {"kind": v, **KINDS[v][1]} for k, v in (("main", main), ("spatial", spatial))}
     config = read({"kind": "hybrid", **parts})

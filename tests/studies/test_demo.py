@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from tools.shipped_card import Asked, concept_accuracy, pixels
+from tools.shipped_card.scoring import Asked, concept_accuracy, pixels
 
 from mezzotint.checkpoints.shipped import find_shipped
 from mezzotint.data.portraits import is_held_out
