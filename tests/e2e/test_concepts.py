@@ -28,11 +28,11 @@ def test_its_command_draws_its_figures(page: Path) -> None:
     (command,) = blocks(page, "sh")
     python, option, module, *names = shlex.split(command)
     assert [python, option, module] == ["python", "-m", "tools.docs_figures"]
-    shown = re.findall(r"\(\.\./figures/(\w+)\.png\)", page.read_text())
+    shown = re.findall(r"\(\.\./figures/(\w+)\.webp\)", page.read_text())
     assert names == shown and set(names) <= set(FIGURES)
     assert bool(names) == (page.stem != "index")
 
 
 def test_every_figure_is_shown() -> None:
     text = "".join(page.read_text() for page in PAGES)
-    assert all(f"figures/{name}.png" in text for name in FIGURES)
+    assert all(f"figures/{name}.webp" in text for name in FIGURES)

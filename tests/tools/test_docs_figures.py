@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tools.docs_figures.__main__ import FIGURES, FOLDER, main
-from tools.docs_figures.drawing import png
+from tools.docs_figures.drawing import webp
 from tools.docs_figures.mixture import CENTRES, DEVIATION, Told, denoise, exact
 
 
@@ -18,9 +18,9 @@ def eighth(picture: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_what_is_stored(name: str) -> None:
-    drawn = png(FIGURES[name]())
-    assert len(drawn) < 150_000
-    stored = Image.open(FOLDER / f"{name}.png")
+    drawn = webp(FIGURES[name]())
+    assert len(drawn) < 100_000
+    stored = Image.open(FOLDER / f"{name}.webp")
     now = Image.open(io.BytesIO(drawn))
     assert now.size == stored.size
     # another processor rounds otherwise: single points move, lines and letters do not

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from tools.docs_figures.conditions import conditions
-from tools.docs_figures.drawing import png
+from tools.docs_figures.drawing import webp
 from tools.docs_figures.learning import evaluation, training
 from tools.docs_figures.noise import noising, normalization, schedules
 from tools.docs_figures.sampling import guidance, samplers
@@ -46,8 +46,8 @@ def main(names: Sequence[str]) -> None:
             sys.exit(f"no figure {name!r}; there are {', '.join(FIGURES)}")
     FOLDER.mkdir(exist_ok=True)
     for name in names or FIGURES:
-        path = FOLDER / f"{name}.png"
-        path.write_bytes(png(FIGURES[name]()))
+        path = FOLDER / f"{name}.webp"
+        path.write_bytes(webp(FIGURES[name]()))
         print(f"{path.relative_to(FOLDER.parents[1])}: {path.stat().st_size / 1000:.0f} kB")
 
 

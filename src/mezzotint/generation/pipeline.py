@@ -13,8 +13,6 @@ from mezzotint.checkpoints.adapters import adapters
 from mezzotint.checkpoints.decoders import LoadedDecoder, check_decoder, load_decoder
 from mezzotint.checkpoints.load import load_any
 from mezzotint.checkpoints.loaded import LoadedModel, SamplingDefaults, Weights
-from mezzotint.conditioning.clip import ClipConditioner
-from mezzotint.conditioning.spatial import main_conditioner
 from mezzotint.device import (
     Execution,
     autocast,
@@ -34,34 +32,23 @@ from mezzotint.engines.select import (
     select_quantization,
 )
 from mezzotint.errors import RequestError
+from mezzotint.generation.fulfillable import (
+    check_fulfillable,
+    default_task,
+    possible_tasks,
+    task_of_fields,
+    what_is_missing,
+)
 from mezzotint.generation.generate import GeneratedImage, generate
 from mezzotint.generation.guides import Guide, ImageEnergy, guide_uses
 from mezzotint.generation.inputs import InputPictures
 from mezzotint.generation.more_fields import MoreFields
 from mezzotint.generation.request import AdapterUse, GenerationRequest, InputImage, Task
-from mezzotint.generation.shared_steps import check_approximations
 from mezzotint.latent_diffusion import LatentDiffusion
 
 __all__ = ["Pipeline", "load"]
 
 Picture = str | Path | Image.Image
-
-_BY_CONDITION: dict[str | None, Task] = {
-    "caption": "text-to-image",
-    "label": "class-to-image",
-    "layout": "layout-to-image",
-    None: "unconditional",
-}
-_BY_CONCATENATION: dict[str, Task] = {
-    "map": "map-to-image",
-    "low_res": "super-resolution",
-    "inpainting": "inpainting",
-    "regions": "layout-to-image",
-}
-# what any model does that is told nothing by concatenation, beside its own task
-_FROM_A_PICTURE = ("image-to-image", "inpainting", "outpainting")
-_CONDITIONS = {"prompt": "caption", "class_label": "label", "layout": "layout"}
-_WORDS = {"prompt": "a prompt", "class_label": "a class", "layout": "a layout"}
 
 
 class Pipeline:
@@ -125,26 +112,12 @@ class Pipeline:
     @property
     def task(self) -> Task:
         """What the model is for, where a request does not say."""
-        conditioner = self.model.conditioner
-        if conditioner.wants_concat is not None:
-            return _BY_CONCATENATION[conditioner.wants_concat]
-        return _BY_CONDITION[conditioner.wants]
-
-    @property
-    def _told(self) -> frozenset[str]:
-        """Which of the fields of `_CONDITIONS` the model is told."""
-        conditioner = self.model.conditioner
-        told = {name for name, kind in _CONDITIONS.items() if kind == conditioner.wants}
-        return frozenset(told | ({"layout"} if conditioner.wants_concat == "regions" else set()))
+        return default_task(self.model.conditioner)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """All that the model can be asked for."""
-        if self.model.conditioner.wants_concat == "inpainting":
-            return ("inpainting", "outpainting")
-        if self.model.conditioner.wants_concat is not None:
-            return (self.task,)
-        return (self.task, *_FROM_A_PICTURE)
+        return possible_tasks(self.model.conditioner)
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -174,52 +147,7 @@ class Pipeline:
         Raises:
             RequestError: Saying what the model wants, or what the engine lacks.
         """
-        description = self.model.conditioner.description
-        if request.task not in self.tasks:
-            raise RequestError(
-                f"{self.name}: the model wants {description}; its task is {self.task!r}, not"
-                f" {request.task!r}"
-            )
-        told = self._told
-        for name in _CONDITIONS:
-            if getattr(request, name) is not None and name not in told:
-                raise RequestError(
-                    f"{self.name}: the model wants {description}, but was given {_WORDS[name]}"
-                )
-            if getattr(request, name) is None and name in told:
-                raise RequestError(f"{self.name}: the model wants {description}")
-        for name, why in self.engine.lacks.items():
-            if getattr(request, name):
-                raise RequestError(
-                    f"{self.name}: {name}: the engine {self.engine.name!r} {why}; draw with the"
-                    " engine torch (--engine torch)"
-                )
-        if request.guides and self.offload is not None:
-            raise RequestError(
-                f"{self.name}: guides: are led by gradients, for which weights must stay on the"
-                " device; load without offload (--offload none)"
-            )
-        distilled = self.model.unet.config.guidance_embed_dim is not None
-        if request.tiled_sampling and self.model.unet.config.coordinate_channels:
-            raise RequestError(
-                f"{self.name}: tiled_sampling is not for a network that is told where a position"
-                " lies between the edges, which tiles have not"
-            )
-        if request.tiled_sampling and distilled:
-            raise RequestError(f"{self.name}: tiled_sampling is not for distilled models yet")
-        if request.guidance_interval is not None and distilled:
-            raise RequestError(
-                f"{self.name}: guidance_interval is not for a distilled model, which is told the"
-                " scale of guidance at every noise level"
-            )
-        check_approximations(request, self.model.unet, self.name)
-        if not isinstance(main_conditioner(self.model.conditioner), ClipConditioner):
-            for name, plain in (("clip_skip", 1), ("emphasis", "original")):
-                if getattr(request, name) != plain:
-                    raise RequestError(
-                        f"{self.name}: {name} is for models with a CLIP text encoder; this one"
-                        f" wants {description}"
-                    )
+        check_fulfillable(request, self.model, self.name, self.engine, self.offload)
 
     def request(self, **fields: Any) -> GenerationRequest:
         """Build a request for this model from the fields of `GenerationRequest`.
@@ -244,35 +172,13 @@ class Pipeline:
         for name, value in told.items():
             if value is not None:
                 given.setdefault(name, value)
-        task = given.pop("task", None) or self._task_of(given)
-        if missing := self._missing(given):
+        conditioner = self.model.conditioner
+        task = given.pop("task", None) or task_of_fields(given, conditioner)
+        if missing := what_is_missing(given, conditioner, self.name):
             raise RequestError(missing)
         request = GenerationRequest.from_dict({"task": task, "model": self.name, **given})
         self.check(request)
         return request
-
-    def _task_of(self, given: dict[str, Any]) -> Task:
-        if self.model.conditioner.wants_concat in ("low_res", "map", "regions"):
-            return self.task
-        if "padding" in given:
-            return "outpainting"
-        if "mask" in given:
-            return "inpainting"
-        return "image-to-image" if "image" in given else self.task
-
-    def _missing(self, given: dict[str, Any]) -> str | None:
-        """What the model wants, if the fields do not have it or have another condition."""
-        description, told = self.model.conditioner.description, self._told
-        for name in _CONDITIONS:
-            if name in given and name not in told:
-                return f"{self.name}: the model wants {description}, but was given {_WORDS[name]}"
-            if name not in given and name in told:
-                return f"{self.name}: the model wants {description}"
-        needed = {"low_res": ("image",), "map": ("semantic_map",), "inpainting": ("image",)}
-        for name in needed.get(self.model.conditioner.wants_concat or "", ()):
-            if name not in given:
-                return f"{self.name}: the model wants {description}"
-        return None
 
     def generate(
         self,

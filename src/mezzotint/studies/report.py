@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "Measured", "Report"]
 
 _LONG = 40  # letters; longer texts in a table are wrapped
-_QUALITY = 92  # of WebP: no difference to be seen
+_QUALITY = 85  # of WebP: little difference to be seen
 _NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
 
 

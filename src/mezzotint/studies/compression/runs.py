@@ -250,7 +250,7 @@ class _Runner:
         folder = self.output / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         row = Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy())
-        row.save(folder / f"{name}.webp", quality=92, method=6)
+        row.save(folder / f"{name}.webp", quality=85, method=6)
 
 
 def _check_extras() -> None:
