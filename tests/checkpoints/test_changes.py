@@ -68,6 +68,17 @@ def keep(other: LatentDiffusion, base: Path, **told: Any) -> Path:
     return folder
 
 
+def sum_of(folder: Path) -> str:
+    """Of changes that were written otherwise: then what they are must be looked at."""
+    return changes.content_hash(changes.change_files(folder))
+
+
+def sign(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["base"]["changes"] = sum_of(folder)
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def test_it_is_read_as_it_was_and_takes_less_space(other: LatentDiffusion, base: Path) -> None:
     folder = keep(other, base, defaults=SamplingDefaults(steps=7))
     read = read_model(folder)
@@ -92,6 +103,15 @@ def test_what_is_unchanged_is_not_written_and_exact(other: LatentDiffusion, base
     assert all(not changes.open_tensors(p) for p in folder.rglob("*.safetensors"))
     for name, weight in read_model(folder).model.state_dict().items():
         assert torch.equal(weight, old.state_dict()[name]), name
+
+
+def test_it_is_no_less_exact_where_no_precision_is_asked_for(
+    other: LatentDiffusion, base: Path
+) -> None:
+    folder = keep(other, base)
+    exact = load_any(folder, dtype=torch.float32).model.state_dict()
+    for name, weight in load_any(folder).model.state_dict().items():
+        assert torch.equal(weight.float(), exact[name]), name
 
 
 def test_a_layer_that_changed_by_more_is_kept_whole(other: LatentDiffusion, base: Path) -> None:
@@ -166,6 +186,24 @@ def test_what_is_wrong_is_named(other: LatentDiffusion, base: Path) -> None:
     with pytest.raises(CheckpointError, match=changes.NEW):
         load_any(folder)
     new.write_bytes(kept)
+    save_file({}, new)
+    with pytest.raises(CheckpointError, match=f"{changes.LORA} is not what was written with this"):
+        load_any(folder)
+    assert inspect_model(folder).problems
+    new.write_bytes(kept)
+    strange = load_file(new)
+    strange["conv_1.weight"] = strange.pop("conv_in.weight")
+    save_file(strange, new)
+    assert "conv_1.weight" in told(right | {"changes": sum_of(folder)})
+    new.write_bytes(kept)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    spatial = folder / "conditioner" / "spatial" / "config.json"
+    config = spatial.read_text()
+    spatial.write_text('{"_class_name": "LowResConditioner", "kind": "low_res"}')
+    with pytest.raises(CheckpointError, match="in_channels is 9, but latents with what is"):
+        load_any(folder)
+    assert any("in_channels is 9, but" in problem for problem in inspect_model(folder).problems)
+    spatial.write_text(config)
     shutil.move(folder / changes.LORA, folder / "elsewhere")
     with pytest.raises(CheckpointError, match=changes.LORA):
         load_any(folder)
@@ -178,12 +216,14 @@ def test_a_change_of_what_the_base_has_not_is_refused(other: LatentDiffusion, ba
     name = "unet.mid_block.resnets.0.conv1"
     moved = {k.replace(name, "unet.nowhere"): v for k, v in factors.items()}
     save_file(moved, folder / changes.LORA)
+    sign(folder)
     with pytest.raises(CheckpointError, match=r"unet\.nowhere: the base has no such layer"):
         load_any(folder)
     wider = {
         k: torch.cat([v, v]) if k == f"{name}.lora_B.weight" else v for k, v in factors.items()
     }
     save_file(wider, folder / changes.LORA)
+    sign(folder)
     with pytest.raises(CheckpointError, match=r"changes \(64, 32, 3, 3\), not \(32, 32, 3, 3\)"):
         load_any(folder)
     assert inspect_model(folder).problems

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import mezzotint
 from mezzotint.conditioning.base import Conditioning, ConditionInputs, Region
@@ -14,6 +15,7 @@ from mezzotint.conditioning.spatial import HybridConditioner
 from mezzotint.conditioning.text import TextConditioner, TextConditionerConfig, train_tokenizer
 from mezzotint.errors import ConfigError, DataError, RequestError
 from mezzotint.models.unet import UNet, UNetConfig
+from mezzotint.nn.attention import TransformerBlock
 from mezzotint.nn.regions import Regions
 
 APPLE, BUS = Region("a red apple", 0.0, 0.0, 0.5, 0.5), Region("a bus", 0.5, 0.25, 1.0, 1.0)
@@ -73,6 +75,9 @@ def test_words_are_read_as_captions_and_only_boxes_attend_to_them(
     assert torch.equal(unnamed.concat, told.concat[:1])
     dropped = conditioner(inputs((APPLE, BUS)), torch.tensor([True]), torch.tensor([False]))
     assert not dropped.crossattn_mask[0, 10:].any() and dropped.concat.any()
+    unplaced = conditioner(inputs((APPLE, BUS)), torch.tensor([False]), torch.tensor([True]))
+    assert not unplaced.crossattn_mask[0, 10:].any() and not unplaced.concat.any()
+    assert unplaced.crossattn_mask[0, :10].any()
     words = replace(told, concat=None)
     joined = words.cat(conditioner.null(1).pad(25), Conditioning(crossattn=torch.zeros(1, 3, 16)))
     assert joined.crossattn_boxes is not None and joined.crossattn_boxes.shape == (4, 25, 4)
@@ -107,6 +112,8 @@ def test_what_is_no_layout_is_refused(conditioner: HybridConditioner) -> None:
         RequestError, match=r"layout\[0\]\.box: left is 0\.5; expected less than right"
     ):
         conditioner(inputs((replace(APPLE, left=0.5),)))
+    with pytest.raises(RequestError, match=r"box: top is 0\.3; .* by 0\.001 at least"):
+        conditioner(inputs((replace(APPLE, top=0.3, bottom=0.3005),)))
     with pytest.raises(RequestError, match="the model wants boxes with words"):
         conditioner(ConditionInputs(count=1, captions=["a bus"]))
 
@@ -122,8 +129,13 @@ def recipe(tiny: Any, **changes: Any) -> Any:
     return tiny.diffusion(**common | changes)
 
 
-def test_it_is_trained_stored_and_drawn_from(tiny: Any, tmp_path: Path) -> None:
-    run = tiny.train(recipe(tiny), tmp_path / "run")
+@pytest.fixture(scope="module")
+def regions_run(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.train(recipe(tiny), tmp_path_factory.mktemp("regions") / "run")
+
+
+def test_it_is_trained_stored_and_drawn_from(regions_run: Path) -> None:
+    run = regions_run
     assert list((run / "samples").glob("*.png"))
     pipeline = mezzotint.load(run, device="cpu")
     assert pipeline.task == "layout-to-image" and pipeline.tasks == ("layout-to-image",)
@@ -140,7 +152,36 @@ def test_it_is_trained_stored_and_drawn_from(tiny: Any, tmp_path: Path) -> None:
         pipeline.generate("on blue", layout=[{**layout[0], "label": 3}])
     with pytest.raises(RequestError, match="the model wants a prompt, and boxes with words"):
         pipeline.generate("on blue")
-    assert mezzotint.load(run).model.weights_hash() == pipeline.model.weights_hash()
+    with pytest.raises(RequestError, match="is no valid Unicode text"):
+        pipeline.generate("on blue", layout=[{**layout[0], "label": "\ud800"}])
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"high_res": {"scale": 2.0}}, {"feature_reuse": {"interval": 2}}]
+)
+def test_boxes_reach_all_that_attends(
+    regions_run: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, seen = mezzotint.load(regions_run, device="cpu"), list[tuple[int, int, Tensor]]()
+    at = Regions.at
+
+    def recorded(self: Regions, height: int, width: int) -> Tensor:
+        seen.append((height, width, at(self, height, width)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(Regions, "at", recorded)
+    layout = [{"label": "a red apple", "box": [0.0, 0.0, 0.5, 1.0]}]
+    pipeline.generate("on blue", layout=layout, steps=2, guidance_scale=3.0, **told)
+    attending = sum(isinstance(m, TransformerBlock) for m in pipeline.model.unet.modules())
+    assert len(seen) >= attending
+    assert len({height for height, _, _ in seen}) == (2 if "high_res" in told else 1)
+    for height, width, mask in seen:
+        words = mask.view(2, height, width, -1)[:, :, :, TEXT["max_length"] :].any(-1)
+        wanted = torch.zeros(height, width, dtype=torch.bool)
+        wanted[:, : -(-width // 2)] = True
+        # one half of a guided batch is told the words, the other is not
+        assert sorted(half.any().item() for half in words) == [False, True]
+        assert torch.equal(words.any(0), wanted)
 
 
 def test_recipes_that_cannot_be_told_boxes_are_refused(tiny: Any, tmp_path: Path) -> None:

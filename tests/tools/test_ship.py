@@ -106,8 +106,13 @@ def test_other_tasks_are_shipped_as_what_they_change(
     again = mezzotint.load(ship(begun, models)[-1]).model.state_dict()
     for name, weight in pipeline.model.state_dict().items():
         assert torch.equal(weight, again[name]), name
+    before = pieces_of(begun.work)
+    take_shipped(begun, models)  # the same command goes on
+    assert pieces_of(begun.work) == before and train(begun)
+    partly = Programme("tiny", plan, tmp_path / "partly")
+    train(partly, 1)
     with pytest.raises(TrainingError, match="autoencoder: is there already"):
-        take_shipped(begun, models)
+        take_shipped(partly, models)
     with pytest.raises(TrainingError, match="no model is shipped here"):
         take_shipped(begun, tmp_path)
     # a text model that was trained anew would leave the other without its base

@@ -25,6 +25,8 @@ from mezzotint.device import select_device
 from mezzotint.errors import CheckpointError, ConfigError, TrainingError
 from mezzotint.training.checkpoint import newest_checkpoint
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_pieces_give_what_one_gives(plan: Path, whole: Programme, tmp_path: Path) -> None:
     pieces = Programme("tiny", plan, tmp_path / "work")
@@ -49,6 +51,11 @@ def test_a_stage_begins_only_from_one_before_it(plan: Path, tmp_path: Path) -> N
     (wrong / "text-to-image.yaml").write_text(yaml.safe_dump({**TEXT, "initial": "autoencoders"}))
     with pytest.raises(ConfigError, match="'autoencoders' is no stage before it: did you mean"):
         open_programme("tiny", str(wrong), tmp_path / "work", CPU)
+    shutil.copytree(ROOT / "tools/train_shipped/plans/emoji-cpu", tmp_path / "changes")
+    inpaint = tmp_path / "changes" / "inpaint.yaml"
+    inpaint.write_text(inpaint.read_text().replace("initial: text-to-image", "initial: upscale"))
+    with pytest.raises(ConfigError, match="initial: 'upscale' is kept as changes of another"):
+        open_programme("emoji", str(tmp_path / "changes"), tmp_path / "work", CPU)
 
 
 def test_what_is_carried_goes_on_from_averages_and_warms_up(

@@ -1,5 +1,6 @@
 """A model begins from the weights of another that is told less."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ def test_it_first_draws_as_the_other_does(tiny, text_run: Path, tmp_path: Path) 
         torch.testing.assert_close(ours.predict(x, t, told), other.predict(x, t, cond))
     for key, value in other.conditioner.state_dict().items():
         torch.testing.assert_close(ours.conditioner.state_dict()[f"main.{key}"], value)
+
+
+def test_coordinates_stay_behind_what_is_new(tiny, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"budget": {"max_steps": 1}, "unet__coordinate_channels": 8}
+    base = tiny.train(tiny.diffusion(conditioning=TEXT, **told), tmp_path / "base")
+    told["optimizer__learning_rate"] = 1e-12
+    run = tiny.train(hybrid(tiny, base, **told), tmp_path / "run")
+    ours, other = load_any(run).model, load_any(base).model
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), other.conditioner.null(2)
+    more = replace(cond, concat=torch.randn(2, 5, 8, 8))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.predict(x, t, more), other.predict(x, t, cond))
+    with pytest.raises(ConfigError, match=r"has 8 unet\.coordinate_channels, and the recipe 0"):
+        tiny.train(hybrid(tiny, base), tmp_path / "other")
 
 
 def test_it_learns_from_there_and_goes_on(tiny, text_run: Path, tmp_path: Path) -> None:

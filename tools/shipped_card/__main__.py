@@ -43,7 +43,7 @@ def write(name: str, folder: Path, docs: Path, most: int, device: str) -> list[s
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
     results = docs / "shipped"
     results.mkdir(parents=True, exist_ok=True)
-    card.sheet.save(results / f"{name}.webp", quality=85)
+    card.sheet.save(results / f"{name}.webp", quality=72, method=6)
     numbers = {**card.numbers, "shown": card.shown}
     (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return lines

@@ -33,6 +33,7 @@ __all__ = ["card", "inside", "right"]
 _CANDIDATES = 64
 _COLUMNS, _ROWS = 8, 2
 _FAR = 24  # of 255, in any colour: what is no background
+_SHOWN = 128  # pixels of a picture on the sheet, at least
 _EDGE = 1 / 32  # of the side, around a box: what may still belong to it
 
 
@@ -64,13 +65,17 @@ def card(pipeline: Pipeline, folder: Path, stage: str, most: int) -> Card:
         key, among = "strange_" if words else "", min(_CANDIDATES, len(data.concepts))
         numbers |= {f"{key}{name}": value for name, value in told.items()}
         rows += [
-            (f"right concept among {among} in its box{words}", f"{told['right']:.1%}"),
+            (
+                f"right concept among {among} in its box ({most} scenes){words}",
+                f"{told['right']:.1%}",
+            ),
             (f"share of what is drawn that is inside the boxes{words}", f"{told['inside']:.1%}"),
         ]
         sheet = sheet or _sheet(data, scenes, drawn)
     assert sheet is not None
     limits = [
-        "Limits: up to three emoji, a third to two thirds as large as the picture, at 64 pixels.",
+        f"Limits: up to {config.max_objects} emoji, {config.min_size:.0%} to {config.max_size:.0%}",
+        f"as large as the picture, at {config.resolution} pixels.",
     ]
     shown = "What each box is to show, and what was drawn, of compositions that training had not:"
     return Card(numbers, rows, limits, shown, sheet)
@@ -140,7 +145,7 @@ def _sheet(data: ScenesData, scenes: Sequence[Scene], drawn: Sequence[Tensor]) -
     """Rows of layouts, each above a row of what was drawn."""
     images: list[Image.Image] = []
     labels: list[str] = []
-    side = 2 * data.config.resolution
+    side = max(_SHOWN, data.config.resolution)
     chosen = evenly(min(_COLUMNS * _ROWS, len(scenes)), len(scenes))
     for start in range(0, len(chosen), _COLUMNS):
         part = chosen[start : start + _COLUMNS]

@@ -132,13 +132,23 @@ def open_programme(model: str, plan: str, work: Path | None, device: torch.devic
     programme = Programme(model, folder, work or Path("runs") / "shipped" / folder.name)
     if not programme.stages:
         raise ConfigError(f"{folder}: no recipes here; expected {', '.join(STAGES)} as *.yaml")
+    changes = set[str]()
     for place, stage in enumerate(programme.stages):
-        initial = getattr(load_recipe(folder / f"{stage}.yaml"), "initial", None)
+        recipe = load_recipe(folder / f"{stage}.yaml")
+        initial = getattr(recipe, "initial", None)
         before = programme.stages[:place]
         if initial is not None and initial not in before:
             raise ConfigError(
                 f"{folder / stage}.yaml: initial: {initial!r} is no stage before it:"
                 f" {nearest(initial, before)}"
+            )
+        if getattr(recipe, "lora_rank", None) is None:
+            continue
+        changes.add(stage)
+        if initial in changes:
+            raise ConfigError(
+                f"{folder / stage}.yaml: initial: {initial!r} is kept as changes of another model,"
+                " and changes of changes are not kept; begin from that one, or drop lora_rank"
             )
     return programme
 
@@ -158,20 +168,21 @@ def is_spent(programme: Programme, stage: str) -> bool:
     )
 
 
-def must_follow(programme: Programme, stage: str, folder: Path) -> None:
+def must_follow(programme: Programme, stage: str, folder: Path, recipe: str = PLANNED) -> None:
     """Refuse weights that another recipe than the plan's made.
 
     Args:
         programme: Says what the plan is.
         stage: That the weights are of.
-        folder: Where they stand, with `PLANNED` beside them.
+        folder: Where they stand.
+        recipe: What the recipe that made them is called there.
 
     Raises:
         ConfigError: If the recipes differ in more than a continued run's may, or none stands there.
     """
-    planned, wanted = folder / PLANNED, load_recipe(programme.plan / f"{stage}.yaml")
+    planned, wanted = folder / recipe, load_recipe(programme.plan / f"{stage}.yaml")
     if not planned.is_file():
-        raise ConfigError(f"{folder}: no {PLANNED} says what made these weights; move them away")
+        raise ConfigError(f"{folder}: no {recipe} says what made these weights; move them away")
     stored = load_recipe(planned)
     different = ["kind"] if type(stored) is not type(wanted) else differences(stored, wanted)
     if different:

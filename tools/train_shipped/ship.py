@@ -12,7 +12,7 @@ from mezzotint.checkpoints.folder import read_json
 from mezzotint.checkpoints.loaded import SamplingDefaults
 from mezzotint.checkpoints.model import load_model
 from mezzotint.checkpoints.registry import INDEX
-from mezzotint.checkpoints.shipped import write_sums
+from mezzotint.checkpoints.shipped import check_sums, write_sums
 from mezzotint.errors import TrainingError
 from mezzotint.training.recipe import DiffusionRecipe
 from tools.train_shipped.programme import (
@@ -97,22 +97,30 @@ def take_shipped(programme: Programme, models: Path = MODELS) -> None:
 
     Raises:
         ConfigError: If the model was trained by another plan.
-        TrainingError: If none is shipped, or the work folder has one.
+        CheckpointError: If a file of the model is damaged.
+        TrainingError: If none is shipped, or the work folder has another.
     """
     folder = models / programme.model
     if not (folder / _MADE).is_file():
         raise TrainingError(f"{folder}: no model is shipped here")
     made = read_made(folder)
-    parts = {"autoencoder": ("vae",), DRAWN: ("vae", "unet", "scheduler", "conditioner")}
-    for stage, names in parts.items():
+    check_sums(folder)
+    parts = {"autoencoder": ("vae",), DRAWN: ("vae", "unet", "scheduler", "conditioner", INDEX)}
+    taken = programme.work / DRAWN / HALF
+    if (taken / INDEX).is_file() and Base(taken).sha256() == Base(folder).sha256():
+        return  # it was taken before
+    for stage in parts:
         if steps_done(programme.work / stage) or is_finished(programme.work / stage):
             raise TrainingError(f"{programme.work / stage}: is there already; go on with it")
+        must_follow(programme, stage, folder, f"{stage}.yaml")
+    for stage, names in parts.items():
         half = programme.work / stage / HALF
+        shutil.rmtree(half, ignore_errors=True)  # left by one that was stopped here
+        half.mkdir(parents=True)
         for name in names:
-            shutil.copytree(folder / name, half / name)
+            copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile
+            copy(folder / name, half / name)
         shutil.copyfile(folder / f"{stage}.yaml", half / PLANNED)
-        must_follow(programme, stage, half)
-    shutil.copyfile(folder / INDEX, programme.work / DRAWN / HALF / INDEX)
     record(programme.work, [Piece(**piece) for piece in made["pieces"]])
 
 
@@ -160,6 +168,7 @@ def _ship(
         "plan": programme.plan.name,
         "stages": stages,
         "pieces": [asdict(piece) for piece in pieces],
+        "changes_of": programme.model if recipe.lora_rank is not None else None,
         "begun_from": {stage: Path(path).parent.name for stage, path in begun.items() if path},
     }
     (temporary / _MADE).write_text(json.dumps(made, indent=1) + "\n")
@@ -204,10 +213,10 @@ def describe_training(name: str, made: dict[str, Any]) -> list[str]:
         "- **Licence of the weights**: MIT (`LICENSE`).",
         "- **Weights**: averaged over training, in float16.",
     ]
-    if of != name:
+    if made.get("changes_of"):
         lines.append(
-            f"  They are what it changes of `{of}`, which has to lie beside it (low-rank factors"
-            " and the first layer)."
+            f"  They are what it changes of `{made['changes_of']}`: factors of low rank, and the"
+            " first and the last layer."
         )
     for stage in made["stages"]:
         pieces = [piece for piece in made["pieces"] if piece["stage"] == stage]

@@ -2,7 +2,7 @@
 
 Several tasks of one family so take little more space than one. In the ``model_index.json`` of such
 a folder ``base`` names the other model, by a path from there, or else one of the package by the
-last part of that path; its sum; and whose conditioner is shared. There are
+last part of that path; its sum; that of the changes; and whose conditioner is shared. There are
 
 - ``pytorch_lora_weights.safetensors``: B and A of each layer of the UNet that changes, in the form
   of diffusers' LoRA files (Hu et al. 2021, arXiv 2106.09685);
@@ -58,6 +58,7 @@ LORA = "pytorch_lora_weights.safetensors"
 NEW = "new_layers.safetensors"
 INDEX = "model_index.json"
 _PART = "unet"
+_FILES = (f"{_PART}/{NEW}", LORA)  # of the changes
 _LONGEST = 255  # letters of a path
 _TOLERANCE = 1e-3  # of a difference's norm: what may lie outside its rank
 
@@ -118,10 +119,15 @@ def base_entry(base: Base, folder: Path) -> dict[str, Any]:
 
     Args:
         base: The base.
-        folder: Of the model.
+        folder: Of the model; its changes are written.
     """
     path = Path(os.path.relpath(base.folder.resolve(), folder.resolve()))
-    return {"model": path.as_posix(), "sha256": base.sha256(), "shares": base.shares}
+    return {
+        "model": path.as_posix(),
+        "sha256": base.sha256(),
+        "changes": content_hash(change_files(folder)),
+        "shares": base.shares,
+    }
 
 
 def find_base(index: Mapping[str, Any], folder: Path) -> Base | None:
@@ -132,7 +138,8 @@ def find_base(index: Mapping[str, Any], folder: Path) -> Base | None:
         folder: Where that lies.
 
     Raises:
-        CheckpointError: If the base is not there, or is another than the changes are of.
+        CheckpointError: If the base is not there, or is another than the changes are of, or these
+            are others than were written.
     """
     if BASE not in index:
         return None
@@ -140,24 +147,33 @@ def find_base(index: Mapping[str, Any], folder: Path) -> Base | None:
         case {
             "model": str(name),
             "sha256": str(digest),
+            "changes": str(written),
             "shares": "conditioner" | "conditioner/main" | None as shares,
         } if name and digest and not Path(name).is_absolute() and len(name) <= _LONGEST:
             pass
         case other:
             raise CheckpointError(
                 f"{folder}: {BASE} is {short(other)}; expected the path of a model from here, its"
-                " sha256, and what is shared"
+                " sha256, that of the changes, and what is shared"
             )
-    near = Path(os.path.normpath(folder.resolve() / name))
-    places = [near] if (near / INDEX).is_file() else []
+    changes = change_files(folder)
+    # without one of the files it is said which when they are read
+    if len(changes) == len(_FILES) and content_hash(changes) != written:
+        raise CheckpointError(
+            f"{folder}: {' or '.join(_FILES)} is not what was written with this {INDEX}: it is"
+            " damaged, or of another model"
+        )
+    near, other = Path(os.path.normpath(folder.resolve() / name)), None
+    if (near / INDEX).is_file():
+        if Base(near).sha256() == digest:
+            return Base(near, shares)
+        other = near
     if (shipped := find_shipped(Path(name).name)) is not None:
-        places.append(shipped)
-    for place in places:
-        base = Base(place, shares)
-        if base.sha256() == digest:
-            return base
-    if places:
-        raise CheckpointError(f"{folder}: holds changes of another model than {places[0]} is now")
+        if Base(shipped).sha256() == digest:
+            return Base(shipped, shares)
+        other = other or shipped
+    if other is not None:
+        raise CheckpointError(f"{folder}: holds changes of another model than {other} is now")
     raise CheckpointError(
         f"{folder}: holds changes of the model {near}, which is not there, and the package has none"
         " of that name"
@@ -166,7 +182,7 @@ def find_base(index: Mapping[str, Any], folder: Path) -> Base | None:
 
 def change_files(folder: Path) -> tuple[Path, ...]:
     """Return the files of a model's changes that are there."""
-    return tuple(p for p in (folder / _PART / NEW, folder / LORA) if p.is_file())
+    return tuple(path for name in _FILES if (path := folder / name).is_file())
 
 
 def load_changes(
@@ -177,7 +193,8 @@ def load_changes(
     Args:
         folder: Of the model that is a change.
         base: Its base.
-        dtype: Of the floating-point weights in memory; None keeps each as the base's is.
+        dtype: Of the floating-point weights in memory; None keeps each as it is on the disk, and
+            what is a sum of two in the precision that it is computed in.
 
     Returns:
         It in evaluation mode on the CPU.
@@ -185,17 +202,18 @@ def load_changes(
     Raises:
         CheckpointError: If a file is missing or damaged, or does not fit the base.
     """
-    stored = open_tensors(find_weights(base.unet, STEM))
-    tensors = {modern_name(name): tensor for name, tensor in stored.read(dtype).items()}
+    module = build_component(folder / _PART)
+    wanted = module.state_dict()
+    stored = open_tensors(find_weights(base.unet, STEM)).read(dtype)
+    named = {modern_name(name): tensor for name, tensor in stored.items()}
+    tensors = {name: tensor for name, tensor in named.items() if name in wanted}
     tensors |= open_tensors(folder / _PART / NEW).read(dtype)
     for name, layer in _layers(folder, tensors).items():
         weight = tensors[name]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        tensors[name] = (weight.to(wide) + _product(layer, wide).view_as(weight)).to(weight.dtype)
-    module = build_component(folder / _PART)
-    wanted = module.state_dict()
-    kept = {name: tensor for name, tensor in tensors.items() if name in wanted}
-    load_state_strictly(module, kept, folder / _PART)
+        total = weight.to(wide) + _product(layer, wide).view_as(weight)
+        tensors[name] = total if dtype is None else total.to(weight.dtype)
+    load_state_strictly(module, tensors, folder / _PART)
     fill_unsaved_buffers(module)
     return module.eval()
 

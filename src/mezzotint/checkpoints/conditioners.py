@@ -40,6 +40,7 @@ __all__ = [
     "PARTS",
     "ExpectedWeights",
     "clip_weights",
+    "read_concat_channels",
     "read_token_width",
     "expected_weights",
     "load_conditioner",
@@ -163,6 +164,23 @@ def read_token_width(folder: Path, *, main: Path | None = None) -> int | None:
     if isinstance(config, ClipConditionerConfig):
         return config.hidden_size
     return getattr(config, "width", None)
+
+
+def read_concat_channels(folder: Path) -> int:
+    """Return how many channels a conditioner concatenates to the noisy latent.
+
+    Args:
+        folder: From `save_conditioner`.
+
+    Raises:
+        CheckpointError: If a configuration or a tokenizer is missing or damaged.
+    """
+    kind, config, tokenizer = _read(folder)
+    if kind is HybridConditioner:
+        return read_concat_channels(_parts(folder, None)[1])
+    if config is None or kind.wants_concat is None:
+        return 0
+    return _build(folder, config, tokenizer).concat_channels
 
 
 def clip_weights(config: ClipConditionerConfig, path: Path) -> dict[str, TensorInfo]:

@@ -13,7 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mezzotint.checkpoints.changes import BASE, Base, changed_infos, find_base
-from mezzotint.checkpoints.conditioners import clip_weights, expected_weights, read_token_width
+from mezzotint.checkpoints.conditioners import (
+    clip_weights,
+    expected_weights,
+    read_concat_channels,
+    read_token_width,
+)
 from mezzotint.checkpoints.first_stages import as_first_stage, read_normalization
 from mezzotint.checkpoints.folder import (
     CONFIG,
@@ -28,6 +33,7 @@ from mezzotint.checkpoints.layouts import LAYOUTS
 from mezzotint.checkpoints.model import (
     CLASS,
     as_unet,
+    check_channels,
     check_kind,
     check_width,
     conditioner_of,
@@ -182,6 +188,7 @@ def _check_ours(report: FolderReport) -> None:
                 report.compare(told.kind, told.path, told.tensors, open_tensors(told.path))
         if unet is not None:
             check_width(folder, unet.config, read_token_width(conditioner, main=main))
+            check_channels(folder, unet.config, read_concat_channels(conditioner))
     report.image_size = size
     _check_whole(report, first_stage, unet)
 

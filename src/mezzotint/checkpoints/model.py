@@ -46,6 +46,7 @@ from mezzotint.models.unet import UNet, UNetConfig
 from mezzotint.storage.safetensors_file import narrowed
 
 __all__ = [
+    "check_channels",
     "CLASS",
     "as_unet",
     "check_kind",
@@ -125,9 +126,9 @@ def save_as_changes(
         if not _equal(mine, theirs):
             raise CheckpointError(f"{base}: has another {what}, so that nothing can be shared")
     shares = _shared(model.conditioner, main_conditioner(other.conditioner))
-    entry = base_entry(Base(base, shares), folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_changes(model.unet, other.unet, folder, rank, dtype)
+    entry = base_entry(Base(base, shares), folder)
     config = config_to_layout(model.unet.config) | _size_of(model)
     write_json(folder / "unet" / CONFIG, config)
     if shares != "conditioner":
@@ -220,7 +221,7 @@ def read_model(folder: Path, dtype: torch.dtype | None = torch.float32) -> Loade
     conditioner = load_conditioner(told, dtype, main=main)
     check_width(folder, unet.config, read_token_width(told, main=main))
     check_kind(folder, index, type(conditioner).__name__)
-    _check_channels(folder, unet.config, conditioner)
+    check_channels(folder, unet.config, conditioner.concat_channels)
     try:
         model = LatentDiffusion(first_stage, unet, conditioner, schedule, normalization, size)
     except ConfigError as error:
@@ -313,8 +314,9 @@ def check_kind(folder: Path, index: Mapping[str, Any], kind: str) -> None:
             pass
 
 
-def _check_channels(folder: Path, unet: UNetConfig, conditioner: Conditioner) -> None:
-    told = unet.out_channels + conditioner.concat_channels
+def check_channels(folder: Path, unet: UNetConfig, concatenated: int) -> None:
+    """Raise a CheckpointError if a UNet takes other channels than it is given."""
+    told = unet.out_channels + concatenated
     if unet.in_channels != told:
         raise CheckpointError(
             f"{folder / 'unet' / CONFIG}: in_channels is {unet.in_channels}, but latents with what"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mezzotint.errors import CheckpointError
 
-__all__ = ["SUMS", "find_shipped", "shipped_names", "write_sums"]
+__all__ = ["SUMS", "check_sums", "find_shipped", "shipped_names", "write_sums"]
 
 SUMS = "SHA256SUMS"
 _FOLDER = Path(str(resources.files("mezzotint").joinpath("assets", "models")))
@@ -32,14 +32,22 @@ def find_shipped(name: str) -> Path | None:
     """
     if name not in shipped_names():
         return None
-    folder = _FOLDER / name
+    check_sums(_FOLDER / name)
+    return _FOLDER / name
+
+
+def check_sums(folder: Path) -> None:
+    """Hold a shipped model's files against their checksums.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
     for line in (folder / SUMS).read_text().splitlines():
         digest, _, file = line.partition("  ")
         path = folder / file
         if not path.is_file() or _sha256(path) != digest:
             state = "damaged" if path.is_file() else "missing"
             raise CheckpointError(f"{path}: the shipped file is {state}; reinstall Mezzotint")
-    return folder
 
 
 def write_sums(folder: Path) -> None:

@@ -200,7 +200,7 @@ def boxes(path: Path | None) -> tuple[Any, ...] | None:
         return None
     try:
         boxes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(boxes, list):
         raise RequestError(f"{path}: expected a list of {{label, box}}")

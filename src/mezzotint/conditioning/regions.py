@@ -21,6 +21,9 @@ from mezzotint.errors import RequestError
 __all__ = ["RegionsConditioner", "RegionsConditionerConfig"]
 
 
+_THINNEST = 1e-3  # of the picture's side: a box below it could fall between two cells
+
+
 class RegionsConditionerConfig(Config):
     """Boxes with words.
 
@@ -85,10 +88,10 @@ class RegionsConditioner(Conditioner):
             )
         for number, region in enumerate(regions):
             for less, more in (("left", "right"), ("top", "bottom")):
-                if getattr(region, less) >= getattr(region, more):
+                if getattr(region, more) - getattr(region, less) < _THINNEST:
                     raise RequestError(
                         f"layout[{number}].box: {less} is {getattr(region, less)}; expected less"
-                        f" than {more}, which is {getattr(region, more)}"
+                        f" than {more}, which is {getattr(region, more)}, by {_THINNEST} at least"
                     )
 
     def with_phrases(

@@ -241,11 +241,14 @@ class HybridConditioner(Conditioner):
         Args:
             inputs: What the samples are to be.
             drop: ``(B,)`` bool, true where the main part is replaced by its null.
-            drop_spatial: The same of the spatial part, which guidance never drops.
+            drop_spatial: The same of the spatial part, which guidance never drops; words of its
+                boxes are left out where either is.
         """
         spatial, told = self.spatial(inputs, drop_spatial), self.main(inputs, drop)
         if isinstance(self.spatial, RegionsConditioner):
-            told = self.spatial.with_phrases(self.main, told, inputs, drop)
+            left_out = [mask for mask in (drop, drop_spatial) if mask is not None]
+            either = torch.stack(left_out).any(0) if left_out else None
+            told = self.spatial.with_phrases(self.main, told, inputs, either)
             assert spatial.concat is not None and told.crossattn is not None
             spatial = replace(spatial, concat=spatial.concat.to(told.crossattn.device))
         return replace(told, concat=spatial.concat)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mezzotint.config import Config, Document
 from mezzotint.diffusion.names import find_sampler, find_spacing
@@ -86,6 +86,15 @@ class InputImage(Config):
     of: Literal["file", "pixels"] = "file"
 
 
+def _valid_text(text: str) -> str:
+    """Refuse halves of characters, which no tokenizer and no file takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("is no valid Unicode text") from None
+    return text
+
+
 class LayoutBox(Config):
     """An object of a layout.
 
@@ -94,7 +103,7 @@ class LayoutBox(Config):
         box: Left, top, right and bottom as shares of the picture's width and height.
     """
 
-    label: str | int
+    label: Annotated[str, AfterValidator(_valid_text)] | int
     box: tuple[Share, Share, Share, Share]
 
 
@@ -294,13 +303,7 @@ class GenerationRequest(Document):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _is_text(cls, text: str | None) -> str | None:
-        """Refuse halves of characters, which no tokenizer and no file takes."""
-        if text is not None and not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ValueError("is no valid Unicode text") from None
-        return text
+        return None if text is None else _valid_text(text)
 
     @field_validator("sampler")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner
+from mezzotint.conditioning.spatial import HybridConditioner, main_conditioner, spatial_conditioner
 from mezzotint.data.latents import LatentCache
 from mezzotint.device import Execution, autocast
 from mezzotint.generation.generate import generate_each
@@ -223,7 +223,9 @@ class DiffusionTask:
         recipe = self.recipe
         torch.manual_seed(self.ranks.own_seed(mix(recipe.seed, step)))  # dropout
         factor = self.rate * learning_rate_factor(recipe.optimizer, step, progress, self.begun)
-        for network in (self.model.unet, self.model.conditioner):  # dropout is for what is trained
+        conditioner = self.model.conditioner
+        parts = (main_conditioner(conditioner), spatial_conditioner(conditioner))
+        for network in (self.model.unet, *parts):  # dropout is for what is trained
             network.train(any(p.requires_grad for p in network.parameters()))
         batch = self.batches.get(step)
         values: dict[str, Tensor | float] = {}

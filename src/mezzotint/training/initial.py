@@ -45,8 +45,12 @@ def begin_from(model: LatentDiffusion, source: str | Path) -> str:
             f" was trained with, with --set first_stage.path={source}"
         )
     unet = dict(other.unet.state_dict())
-    wanted = model.unet.state_dict()[_FIRST].shape[1]
-    unet[_FIRST] = _widened(unet[_FIRST], wanted)
+    wanted, last = model.unet.state_dict()[_FIRST].shape[1], model.unet.config.coordinate_channels
+    if (theirs := other.unet.config.coordinate_channels) != last:
+        raise ConfigError(
+            f"initial: {source} has {theirs} unet.coordinate_channels, and the recipe {last}"
+        )
+    unet[_FIRST] = _widened(unet[_FIRST], wanted, last)
     _take_over(model.unet, unet, f"initial: the UNet of {source}")
     mine, theirs = main_conditioner(model.conditioner), main_conditioner(other.conditioner)
     if not list(mine.parameters()):
@@ -81,12 +85,14 @@ def _latent_space(model: LatentDiffusion) -> str:
     return fingerprint(tensors)
 
 
-def _widened(weight: Tensor, channels: int) -> Tensor:
-    """Add input channels of zeros."""
+def _widened(weight: Tensor, channels: int, last: int) -> Tensor:
+    """Add input channels of zeros before the last ones, which are of coordinates."""
     more = channels - weight.shape[1]
     if more <= 0:
         return weight
-    return torch.cat([weight, weight.new_zeros(len(weight), more, *weight.shape[2:])], dim=1)
+    seen, coordinates = weight.split([weight.shape[1] - last, last], dim=1)
+    zeros = weight.new_zeros(len(weight), more, *weight.shape[2:])
+    return torch.cat([seen, zeros, coordinates], dim=1)
 
 
 def _take_over(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
