@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mezzotint.conditioning.base import Box, Region
 from mezzotint.data.portraits import well_known
-from mezzotint.data.scene_backgrounds import paint
 from mezzotint.data.scene_layout import Scene, caption_of
 from mezzotint.data.scene_sprites import cut_out, lay_over
 from mezzotint.data.scenes import ScenesData, ScenesDataConfig
@@ -74,8 +73,8 @@ def card(pipeline: Pipeline, folder: Path, stage: str, most: int) -> Card:
         sheet = sheet or _sheet(data, scenes, drawn)
     assert sheet is not None
     limits = [
-        f"Limits: up to {config.max_objects} emoji, {config.min_size:.0%} to {config.max_size:.0%}",
-        f"as large as the picture, at {config.resolution} pixels.",
+        f"Limits: up to {config.max_objects} emoji, at {config.resolution} pixels, each",
+        f"{config.min_size:.0%} to {config.max_size:.0%} as large as the picture.",
     ]
     shown = "What each box is to show, and what was drawn, of compositions that training had not:"
     return Card(numbers, rows, limits, shown, sheet)
@@ -94,15 +93,16 @@ def _fields(data: ScenesData, scene: Scene) -> Mapping[str, Any]:
 
 
 def right(data: ScenesData, scenes: Sequence[Scene], drawn: Sequence[Tensor]) -> float:
-    """The share of boxes whose content is nearest to what its words say, seen on its background."""
+    """The share of boxes whose content is nearest to what its words say, on the drawn ground."""
     found = nearest = 0
     side = data.config.resolution
     for scene, image in zip(scenes, drawn, strict=True):
+        ground = _ground(image, scene)
         for box in scene.boxes:
             others = [k for k in range(len(data.concepts)) if k != box.label]
             chosen = [others[k] for k in evenly(min(_CANDIDATES - 1, len(others)), len(others))]
             crops = [
-                crop_to_box(_alone(data, scene, replace(box, label=label)), box, side)
+                crop_to_box(_alone(data, ground, replace(box, label=label)), box, side)
                 for label in (box.label, *chosen)
             ]
             seen = features([crop_to_box(image, box, side)])
@@ -111,10 +111,25 @@ def right(data: ScenesData, scenes: Sequence[Scene], drawn: Sequence[Tensor]) ->
     return nearest / found
 
 
-def _alone(data: ScenesData, scene: Scene, box: Box) -> Tensor:
-    """A concept by itself in the middle of a box, on the background of a scene."""
+def _boxes(scene: Scene, side: int) -> Tensor:
+    """``(side, side)`` bool: what may belong to a box."""
+    edge, boxes = round(_EDGE * side), torch.zeros(side, side, dtype=torch.bool)
+    for box in scene.boxes:
+        rows = slice(max(0, int(box.top * side) - edge), int(box.bottom * side) + edge)
+        columns = slice(max(0, int(box.left * side) - edge), int(box.right * side) + edge)
+        boxes[rows, columns] = True
+    return boxes
+
+
+def _ground(image: Tensor, scene: Scene) -> Tensor:
+    """``(3,)``: the colour of most that is outside the boxes, which captions need not say."""
+    return image[:, ~_boxes(scene, image.shape[-1])].median(dim=1).values
+
+
+def _alone(data: ScenesData, ground: Tensor, box: Box) -> Tensor:
+    """A concept by itself in the middle of a box, on a colour."""
     side = data.config.resolution
-    picture = paint(scene.background, side)
+    picture = ground.expand(side, side, 3).numpy().copy()
     across, down = (box.left + box.right) / 2 * side, (box.top + box.bottom) / 2 * side
     size = round(max(box.right - box.left, box.bottom - box.top) * side)
     sprite = cut_out(data.class_names[box.label], data.config.style, size)
@@ -127,16 +142,10 @@ def inside(data: ScenesData, scenes: Sequence[Scene], drawn: Sequence[Tensor]) -
     """The share of all that is no background that lies in boxes."""
     within = whole = 0.0
     side = data.config.resolution
-    edge = round(_EDGE * side)
     for scene, image in zip(scenes, drawn, strict=True):
-        ground = torch.from_numpy(paint(scene.background, side).copy()).permute(2, 0, 1)
+        ground = _ground(image, scene)[:, None, None]
         there = (image.int() - ground.int()).abs().amax(0) > _FAR
-        boxes = torch.zeros(side, side, dtype=torch.bool)
-        for box in scene.boxes:
-            rows = slice(max(0, int(box.top * side) - edge), int(box.bottom * side) + edge)
-            columns = slice(max(0, int(box.left * side) - edge), int(box.right * side) + edge)
-            boxes[rows, columns] = True
-        within += float((there & boxes).sum())
+        within += float((there & _boxes(scene, side)).sum())
         whole += float(there.sum())
     return within / max(whole, 1.0)
 
