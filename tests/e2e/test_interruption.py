@@ -15,7 +15,7 @@ from PIL import Image
 from mezzotint.training.checkpoint import list_checkpoints, newest_checkpoint
 
 MEZZOTINT = str(Path(sys.executable).with_name("mezzotint"))
-KILLS = int(os.environ.get("MEZZOTINT_KILLS", "10"))
+KILLS = int(os.environ.get("MEZZOTINT_KILLS", "6"))
 
 
 def start(recipe: Path, run: Path, *options: str) -> subprocess.Popen:
