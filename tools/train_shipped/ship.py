@@ -215,8 +215,8 @@ def describe_training(name: str, made: dict[str, Any]) -> list[str]:
     ]
     if made.get("changes_of"):
         lines.append(
-            f"  They are what it changes of `{made['changes_of']}`: factors of low rank, and the"
-            " first and the last layer."
+            f"  They are what it changes of `{made['changes_of']}`: factors of low rank, and whole"
+            " layers where these would be no smaller, or that are new."
         )
     for stage in made["stages"]:
         pieces = [piece for piece in made["pieces"] if piece["stage"] == stage]
